@@ -54,7 +54,7 @@ var (
 		"quota_v2", "crc32c_intel",
 	}
 	optionalModules = []string{
-		"ext4", "dm_flakey", "dm_snapshot", "dm_log_writes", "dm_delay", "dm_zero", "erofs", "squashfs", "brd",
+		"ext4", "dm_flakey", "dm_snapshot", "dm_log_writes", "dm_delay", "dm_zero", "erofs",
 	}
 )
 
