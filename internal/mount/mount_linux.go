@@ -143,15 +143,9 @@ func (c context) set(s Setting) error {
 
 // attach creates the superblock and attaches its mount at target.
 func (c context) attach(target string, flags Flags) error {
-	if err := unix.FsconfigCreate(c.fd); err != nil {
-		if errors.Is(err, unix.ENODEV) && !hasFileSystem(c.fstype) {
-			return noFileSystem(c.fstype)
-		}
-		return c.fail("fsconfig create", c.fstype, err)
-	}
-	mnt, err := unix.Fsmount(c.fd, unix.FSMOUNT_CLOEXEC, int(attrs(flags)))
+	mnt, err := c.detached(flags)
 	if err != nil {
-		return c.fail("fsmount", c.fstype, err)
+		return err
 	}
 	defer unix.Close(mnt)
 	if err := unix.MoveMount(mnt, "", unix.AT_FDCWD, target, unix.MOVE_MOUNT_F_EMPTY_PATH); err != nil {
@@ -160,19 +154,48 @@ func (c context) attach(target string, flags Flags) error {
 	return nil
 }
 
+// detached creates the superblock and a mount of it that is nowhere.
+func (c context) detached(flags Flags) (fd int, err error) {
+	if err := unix.FsconfigCreate(c.fd); err != nil {
+		if errors.Is(err, unix.ENODEV) && !hasFileSystem(c.fstype) {
+			return -1, noFileSystem(c.fstype)
+		}
+		return -1, c.fail("fsconfig create", c.fstype, err)
+	}
+	mnt, err := unix.Fsmount(c.fd, unix.FSMOUNT_CLOEXEC, int(attrs(flags)))
+	if err != nil {
+		return -1, c.fail("fsmount", c.fstype, err)
+	}
+	return mnt, nil
+}
+
 func hasFileSystem(fstype string) bool {
 	list, err := os.ReadFile("/proc/filesystems")
 	return err != nil || strings.Contains(string(list), "\t"+fstype+"\n")
 }
 
 func (o *Overlay) mountNew(source, target string) error {
-	c, err := openContext("overlay")
+	c, err := o.context(source)
 	if err != nil {
 		return err
 	}
 	defer c.close()
+	return c.attach(target, o.Flags)
+}
+
+// context makes a context with all the settings of the plan.
+func (o *Overlay) context(source string) (_ context, err error) {
+	c, err := openContext("overlay")
+	if err != nil {
+		return c, err
+	}
+	defer func() {
+		if err != nil {
+			c.close()
+		}
+	}()
 	if err := c.set(Setting{Key: "source", Value: source}); err != nil {
-		return err
+		return c, err
 	}
 	for _, s := range o.Settings() {
 		if s.Layer {
@@ -181,16 +204,16 @@ func (o *Overlay) mountNew(source, target string) error {
 			err = c.set(s)
 		}
 		if err != nil {
-			return err
+			return c, err
 		}
 	}
 	// As MS_RDONLY does: of the file system, not only of this mount of it.
 	if o.Flags&ReadOnly != 0 && o.Upper != "" {
 		if err := c.set(Setting{Key: "ro", Flag: true}); err != nil {
-			return err
+			return c, err
 		}
 	}
-	return c.attach(target, o.Flags)
+	return c, nil
 }
 
 // setLayer sets a layer from a descriptor, or from its path.

@@ -25,6 +25,9 @@ func unsupported() error {
 // Mount fails: only Linux has overlays.
 func (o *Overlay) Mount(string) error { return unsupported() }
 
+// Open fails with an error that matches errors.ErrUnsupported.
+func (o *Overlay) Open() (*os.File, error) { return nil, unsupported() }
+
 // Mount fails on this system.
 func (p *FS) Mount(string) error { return unsupported() }
 

@@ -1,0 +1,40 @@
+package mount
+
+import (
+	"os"
+	"path/filepath"
+	"testing"
+
+	"github.com/stretchr/testify/require"
+
+	"github.com/layerfs/layerfs/internal/testenv"
+)
+
+func TestOverlayOpen(t *testing.T) {
+	testenv.RequireRoot(t)
+	for _, m := range []Method{Auto, NewAPI, Classic, Descriptors} {
+		t.Run("method="+m.String(), func(t *testing.T) {
+			dir := t.TempDir()
+			var lowers []string
+			for _, n := range []string{"a", "b"} {
+				l := filepath.Join(dir, n)
+				require.NoError(t, os.Mkdir(l, 0o755))
+				require.NoError(t, os.WriteFile(filepath.Join(l, n), []byte(n), 0o644))
+				lowers = append(lowers, l)
+			}
+			o := &Overlay{Lowers: lowers, Method: m, Flags: ReadOnly}
+			f, err := o.Open()
+			require.NoError(t, err)
+			defer f.Close()
+			names, err := os.ReadDir("/proc/self/fd/" + filepath.Base(fdPath(int(f.Fd()))))
+			require.NoError(t, err)
+			require.Len(t, names, 2)
+			under, err := Under(dir)
+			require.NoError(t, err)
+			require.Empty(t, under, "the mount must be nowhere")
+			left, err := filepath.Glob(filepath.Join(os.TempDir(), "overlay*"))
+			require.NoError(t, err)
+			require.Empty(t, left)
+		})
+	}
+}
