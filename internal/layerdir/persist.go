@@ -33,7 +33,7 @@ func (d *Dir) Persistent(id string) (Persistent, error) {
 	if err := json.Unmarshal(b, &p); err != nil {
 		return Persistent{}, fmt.Errorf("persistent gets of %s: %w", id, err)
 	}
-	if p.Boot != bootID() {
+	if p.Boot != BootID() {
 		return Persistent{}, nil
 	}
 	return p, nil
@@ -48,7 +48,7 @@ func (d *Dir) SetPersistent(id string, p Persistent) error {
 		}
 		return nil
 	}
-	p.Boot = bootID()
+	p.Boot = BootID()
 	b, err := json.Marshal(p)
 	if err != nil {
 		return err
@@ -60,9 +60,9 @@ func (d *Dir) SetPersistent(id string, p Persistent) error {
 // persistent Gets.
 func (d *Dir) PersistentIDs() ([]string, error) { return d.ids("persist") }
 
-// bootID names this boot of the machine; it is empty where the system does
+// BootID names this boot of the machine; it is empty where the system does
 // not tell, and persistent Gets then outlive a reboot.
-func bootID() string {
+func BootID() string {
 	b, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
 	if err != nil {
 		return ""

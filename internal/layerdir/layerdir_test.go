@@ -1,0 +1,215 @@
+package layerdir
+
+import (
+	"context"
+	"os"
+	"path/filepath"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/require"
+
+	"github.com/layerfs/layerfs"
+)
+
+func mustOpen(t *testing.T, home string) *Dir {
+	t.Helper()
+	d, err := Open(home, layerfs.DurabilityMetadata)
+	require.NoError(t, err)
+	t.Cleanup(func() { d.Close() })
+	return d
+}
+
+func TestRecord(t *testing.T) {
+	home := t.TempDir()
+	a, b := mustOpen(t, home), mustOpen(t, home)
+	rec := &Record{ID: "x", Parent: "p", Created: time.Now().UTC().Round(0), Labels: map[string]string{"k": "v"}, Quota: layerfs.Quota{Bytes: 5}}
+
+	_, err := a.Load("x")
+	require.ErrorIs(t, err, layerfs.ErrNotExist)
+	require.NoError(t, a.Save(rec))
+	got, err := b.Load("x")
+	require.NoError(t, err)
+	require.Equal(t, rec, got)
+	again, err := b.Load("x")
+	require.NoError(t, err)
+	require.Same(t, got, again, "an unchanged record must not be read twice")
+
+	changed := rec.Clone()
+	changed.Incomplete = "test"
+	require.NoError(t, a.Save(changed))
+	got, err = b.Load("x")
+	require.NoError(t, err)
+	require.Equal(t, "test", got.Incomplete, "a record of another process must be seen")
+
+	require.NoError(t, a.AddChild("p", "x"))
+	require.NoError(t, a.Drop(changed))
+	_, err = b.Load("x")
+	require.ErrorIs(t, err, layerfs.ErrNotExist)
+	removed, err := b.Removed()
+	require.NoError(t, err)
+	require.Equal(t, []string{"x"}, removed)
+	children, err := b.Children("p")
+	require.NoError(t, err)
+	require.Empty(t, children)
+	require.NoError(t, b.Forget("x"))
+	require.NoError(t, b.Forget("x"), "two processes may finish one removal")
+}
+
+func TestRecordDamaged(t *testing.T) {
+	d := mustOpen(t, t.TempDir())
+	for name, content := range map[string]string{
+		"empty": "", "cut": `{"id": "cut`, "renamed": `{"id": "other"}`, "parent": `{"id": "parent", "parent": "../x"}`,
+	} {
+		require.NoError(t, os.WriteFile(d.recordPath(name), []byte(content), 0o600))
+		_, err := d.Load(name)
+		require.Error(t, err, name)
+		require.NotErrorIs(t, err, layerfs.ErrNotExist, name)
+		require.ErrorContains(t, err, "record of "+name)
+	}
+	_, err := d.Load("../records/cut")
+	require.ErrorIs(t, err, layerfs.ErrInvalidID)
+}
+
+func TestFormat(t *testing.T) {
+	home := t.TempDir()
+	mustOpen(t, home)
+	require.NoError(t, os.WriteFile(filepath.Join(home, ".layerfs/format"), []byte("layerfs 2\n"), 0o600))
+	_, err := Open(home, layerfs.DurabilityNone)
+	var u *layerfs.UnsupportedError
+	require.ErrorAs(t, err, &u)
+}
+
+func TestHasChildren(t *testing.T) {
+	home := t.TempDir()
+	d, other := mustOpen(t, home), mustOpen(t, home)
+	has := func() bool {
+		got, err := d.HasChildren("p")
+		require.NoError(t, err)
+		return got
+	}
+	require.False(t, has())
+
+	require.NoError(t, d.AddChild("p", "c"))
+	unlock, ok, err := other.TryLock("c")
+	require.NoError(t, err)
+	require.True(t, ok)
+	require.True(t, has(), "a child that is being made counts")
+	unlock()
+	require.False(t, has(), "what a crashed Create left does not")
+
+	require.NoError(t, d.AddChild("p", "c"))
+	require.NoError(t, d.Save(&Record{ID: "c", Parent: "p"}))
+	require.True(t, has())
+	require.NoError(t, d.Save(&Record{ID: "c", Parent: "q"}))
+	require.False(t, has(), "another layer of that name does not count")
+}
+
+func TestLock(t *testing.T) {
+	home := t.TempDir()
+	dirs := []*Dir{mustOpen(t, home), mustOpen(t, home), mustOpen(t, home)}
+	var wg sync.WaitGroup
+	var n, inside atomic.Int32 // atomic: the race detector does not know the kernel's locks
+	for _, d := range dirs {
+		for range 4 {
+			wg.Go(func() {
+				for range 50 {
+					unlock, err := d.Lock(t.Context(), "b", "a")
+					if err != nil {
+						t.Error(err)
+						return
+					}
+					if inside.Add(1) != 1 {
+						t.Error("two have the lock")
+					}
+					n.Add(1)
+					inside.Add(-1)
+					unlock()
+				}
+			})
+		}
+	}
+	wg.Wait()
+	require.EqualValues(t, 600, n.Load())
+
+	unlock, err := dirs[0].Lock(t.Context(), "a")
+	require.NoError(t, err)
+	defer unlock()
+	for _, d := range dirs {
+		ctx, cancel := context.WithTimeout(t.Context(), 20*time.Millisecond)
+		_, err = d.Lock(ctx, "b", "a")
+		cancel()
+		require.ErrorIs(t, err, context.DeadlineExceeded)
+		_, ok, err := d.TryLock("a")
+		require.NoError(t, err)
+		require.False(t, ok)
+		free, ok, err := d.TryLock("b")
+		require.NoError(t, err)
+		require.True(t, ok, "a Lock that gave up must leave nothing locked")
+		free()
+	}
+}
+
+func TestHold(t *testing.T) {
+	home := t.TempDir()
+	a, b, c := mustOpen(t, home), mustOpen(t, home), mustOpen(t, home)
+	others := func(d *Dir) Others {
+		o, err := d.Others("x")
+		require.NoError(t, err)
+		return o
+	}
+	require.False(t, others(a).Any())
+	require.NoError(t, a.Hold("x", HeldReadOnly))
+	require.False(t, others(a).Any(), "one's own hold is no other's")
+	require.Equal(t, Others{ReadOnly: true}, others(b))
+	require.NoError(t, b.Hold("x", HeldReadOnly))
+	require.NoError(t, b.Hold("x", HeldPinned))
+	require.Equal(t, Others{ReadOnly: true, Pinned: true}, others(a))
+	require.Equal(t, Others{ReadOnly: true}, others(b))
+	b.Release("x", HeldReadOnly)
+	require.Equal(t, Others{Pinned: true}, others(a))
+
+	require.NoError(t, a.Close())
+	require.Equal(t, Others{ReadOnly: true, Pinned: true}, others(c), "a hold outlives Close")
+	a.Release("x", HeldReadOnly)
+	b.Release("x", HeldPinned)
+	require.False(t, others(c).Any())
+}
+
+func TestPersistent(t *testing.T) {
+	d := mustOpen(t, t.TempDir())
+	p, err := d.Persistent("x")
+	require.NoError(t, err)
+	require.Zero(t, p)
+	require.NoError(t, d.SetPersistent("x", Persistent{Count: 2, ReadOnly: true}))
+	p, err = d.Persistent("x")
+	require.NoError(t, err)
+	require.Equal(t, 2, p.Count)
+	require.NoError(t, os.WriteFile(d.path("persist", "x"), []byte(`{"boot":"an earlier one","count":2}`), 0o600))
+	p, err = d.Persistent("x")
+	require.NoError(t, err)
+	require.Zero(t, p.Count)
+	require.NoError(t, d.SetPersistent("x", Persistent{}))
+	ids, err := d.PersistentIDs()
+	require.NoError(t, err)
+	require.Empty(t, ids)
+}
+
+func TestClearTemporary(t *testing.T) {
+	home := t.TempDir()
+	d, other := mustOpen(t, home), mustOpen(t, home)
+	for _, n := range []string{".dead.layer.123.4", ".live.123.4"} {
+		require.NoError(t, os.WriteFile(d.path("records", n), nil, 0o600))
+	}
+	unlock, _, err := other.TryLock("live")
+	require.NoError(t, err)
+	defer unlock()
+	require.NoError(t, d.ClearTemporary())
+	require.NoFileExists(t, d.path("records", ".dead.layer.123.4"))
+	require.FileExists(t, d.path("records", ".live.123.4"))
+	ids, err := d.IDs()
+	require.NoError(t, err)
+	require.Empty(t, ids)
+}
