@@ -18,7 +18,7 @@ func TestMain(m *testing.M) { os.Exit(testenv.Main(m)) }
 func TestProbe(t *testing.T) {
 	testenv.RequireRoot(t)
 	overlay := map[Feature]string{
-		Overlay: "4.0", OverlayUserXattr: "5.11", Metacopy: "4.19", RedirectDir: "4.10", XIno: "4.17", Volatile: "5.10",
+		Overlay: "4.0", Metacopy: "4.19", RedirectDir: "4.10", XIno: "4.17", Volatile: "5.10",
 		XattrWhiteout: "6.7", DType: "4.0",
 	}
 	for _, tt := range []struct {
@@ -28,10 +28,10 @@ func TestProbe(t *testing.T) {
 		yes   map[Feature]string // since
 		never []Feature
 	}{
-		{"tmpfs", "tmpfs", func(t *testing.T) string { t.Helper(); return testenv.Tmpfs(t) }, map[Feature]string{IDMap: "6.3", OverlayIDMap: "6.15"}, []Feature{Reflink, ProjectQuota}},
-		{"ext4", "extfs", func(t *testing.T) string { t.Helper(); return testenv.Ext4(t, 32) }, map[Feature]string{Index: "4.13", IDMap: "5.12", OverlayIDMap: "6.15"}, []Feature{Reflink, ProjectQuota}},
-		{"xfs", "xfs", func(t *testing.T) string { t.Helper(); return testenv.XFS(t, 320) }, map[Feature]string{Index: "4.13", IDMap: "5.12", Reflink: "4.16"}, []Feature{ProjectQuota}},
-		{"btrfs", "btrfs", func(t *testing.T) string { t.Helper(); return testenv.Btrfs(t, 128) }, map[Feature]string{Index: "4.13", IDMap: "5.15", Reflink: "4.5"}, []Feature{ProjectQuota}},
+		{"tmpfs", "tmpfs", func(t *testing.T) string { t.Helper(); return testenv.Tmpfs(t) }, map[Feature]string{OverlayUserXattr: "6.6", IDMap: "6.3", OverlayIDMap: "6.15"}, []Feature{Reflink, ProjectQuota}},
+		{"ext4", "extfs", func(t *testing.T) string { t.Helper(); return testenv.Ext4(t, 32) }, map[Feature]string{OverlayUserXattr: "5.11", Index: "4.13", IDMap: "5.12", OverlayIDMap: "6.15"}, []Feature{Reflink, ProjectQuota}},
+		{"xfs", "xfs", func(t *testing.T) string { t.Helper(); return testenv.XFS(t, 320) }, map[Feature]string{OverlayUserXattr: "5.11", Index: "4.13", IDMap: "5.12", Reflink: "4.16"}, []Feature{ProjectQuota}},
+		{"btrfs", "btrfs", func(t *testing.T) string { t.Helper(); return testenv.Btrfs(t, 128) }, map[Feature]string{OverlayUserXattr: "5.11", Index: "4.13", IDMap: "5.15", Reflink: "4.5"}, []Feature{ProjectQuota}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			dir := tt.dir(t)
@@ -111,7 +111,7 @@ func TestProbeUnprivileged(t *testing.T) {
 
 func TestProbeInUserNamespace(t *testing.T) {
 	testenv.InUserNamespace(t, func(t *testing.T) {
-		testenv.RequireKernel(t, "5.11", "overlay in user namespaces")
+		testenv.RequireKernel(t, "6.6", "user xattrs of tmpfs")
 		in, err := InUserNamespace()
 		require.NoError(t, err)
 		assert.True(t, in)

@@ -45,15 +45,32 @@ func (o *Overlay) Mount(target string) error {
 	case Descriptors:
 		return o.mountDescriptors(source, target)
 	}
-	err := o.mountNew(source, target)
-	if err == nil || !declines(err) {
-		return err
-	}
 	classic := o.mountClassic
 	if len(o.Files) > 0 || len(o.Data()) > PageLimit {
 		classic = o.mountDescriptors
 	}
+	if beforeLowerAppend() {
+		return classic(source, target)
+	}
+	err := o.mountNew(source, target)
+	if err == nil || !declines(err) {
+		return err
+	}
 	return second(err, classic(source, target))
+}
+
+// beforeLowerAppend reports whether the kernel calls itself older than 6.8, in
+// which the new API would be refused and, before 6.5, leave a line in the
+// kernel's log each time. It is only about what to try first: where "lowerdir+"
+// was ported back, mount(2) gives the same mount.
+func beforeLowerAppend() bool {
+	var u unix.Utsname
+	if unix.Uname(&u) != nil {
+		return false
+	}
+	var major, minor int
+	n, _ := fmt.Sscanf(unix.ByteSliceToString(u.Release[:]), "%d.%d", &major, &minor)
+	return n == 2 && (major < 6 || major == 6 && minor < 8)
 }
 
 // declines reports whether mount(2) may do what the new API refused: the

@@ -16,6 +16,7 @@ func TestOverlayOpen(t *testing.T) {
 	testenv.RequireRoot(t)
 	for _, m := range []mount.Method{mount.Auto, mount.NewAPI, mount.Classic, mount.Descriptors} {
 		t.Run("method="+m.String(), func(t *testing.T) {
+			requireMethod(t, m)
 			dir := t.TempDir()
 			temp := t.TempDir()
 			t.Setenv("TMPDIR", temp)

@@ -286,6 +286,10 @@ func (p *Projects) Allocate(parents ...string) (uint32, error) {
 // SetLimits replaces the limits of a project; zero means none. Bytes are
 // rounded up to 512, and by the file system to its blocks. What the project
 // holds already stays, and writing fails with EDQUOT (ext4) or ENOSPC (xfs).
+//
+// ext4 does not limit a process with CAP_SYS_RESOURCE, which root has and a
+// container should not; overlayfs writes without it (commit 51f8f3c4e225, Linux
+// 4.10).
 func (p *Projects) SetLimits(id uint32, q layerfs.Quota) error {
 	if err := check(q); err != nil {
 		return err
