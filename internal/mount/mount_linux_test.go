@@ -27,16 +27,6 @@ func requireMethod(t testing.TB, m mount.Method) {
 	}
 }
 
-func kernelHas(t testing.TB, version string) bool {
-	t.Helper()
-	has := true
-	t.(*testing.T).Run("kernel", func(t *testing.T) {
-		defer func() { has = !t.Skipped() }()
-		testenv.RequireKernel(t, version, "this")
-	})
-	return has
-}
-
 var overlayMethods = []mount.Method{mount.Auto, mount.NewAPI, mount.Classic, mount.Descriptors}
 
 // layers makes n directories with a file each, named by their position.
@@ -205,7 +195,7 @@ func TestOverlayErrors(t *testing.T) {
 	base := testenv.Tmpfs(t)
 	d := dirs(t, base, "l", "u", "w", "m")
 	require.NoError(t, os.Symlink(d[3], filepath.Join(base, "link")))
-	explains := kernelHas(t, "6.8")
+	explains := testenv.KernelHas("6.8")
 	for _, method := range overlayMethods {
 		t.Run(method.String(), func(t *testing.T) {
 			requireMethod(t, method)
@@ -378,6 +368,28 @@ func TestQuery(t *testing.T) {
 	assert.Equal(t, uint64(list[1].ID), s.ID)
 	_, err = mount.Query(base + "/none")
 	require.ErrorIs(t, err, os.ErrNotExist)
+}
+
+// What a crashed FUSE server leaves must be found and unmounted.
+func TestIsMountPointWithoutServer(t *testing.T) {
+	testenv.RequireRoot(t)
+	dir := filepath.Join(t.TempDir(), "m")
+	require.NoError(t, os.Mkdir(dir, 0o755))
+	fuse, err := os.OpenFile("/dev/fuse", os.O_RDWR, 0)
+	if err != nil {
+		t.Skip(err)
+	}
+	options := []string{fmt.Sprint("fd=", fuse.Fd()), "rootmode=40000", "user_id=0", "group_id=0"}
+	err = mount.Mount("fuse", "gone", dir, 0, options)
+	require.NoError(t, fuse.Close())
+	testenv.SkipUnsupported(t, err)
+	require.NoError(t, err)
+	_, err = os.ReadDir(dir)
+	require.ErrorIs(t, err, unix.ENOTCONN)
+	is, err := mount.IsMountPoint(dir)
+	require.NoError(t, err)
+	assert.True(t, is)
+	mustUnmount(t, dir)
 }
 
 func TestMakePrivate(t *testing.T) {

@@ -12,7 +12,8 @@ type Method uint8
 
 // The methods.
 const (
-	// Auto tries NewAPI, then Classic if it fits a page, then Descriptors.
+	// Auto tries NewAPI and then Classic, or Descriptors if the options do not
+	// fit a page. Overlays skip NewAPI before Linux 6.8.
 	Auto Method = iota
 	// NewAPI is fsopen and its relatives, or open_tree for a bind mount.
 	NewAPI

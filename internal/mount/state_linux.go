@@ -35,36 +35,59 @@ func Query(path string) (State, error) {
 		return State{}, err
 	}
 	defer f.Close()
-	var stx unix.Statx_t
-	if err := unix.Statx(int(f.Fd()), "", unix.AT_EMPTY_PATH|unix.AT_NO_AUTOMOUNT|unix.AT_STATX_DONT_SYNC, unix.STATX_MNT_ID, &stx); err != nil {
-		return State{}, &os.PathError{Op: "statx", Path: path, Err: err}
+	s, err := mountOf(f)
+	if err != nil {
+		return State{}, err
 	}
 	var st unix.Statfs_t
 	if err := unix.Fstatfs(int(f.Fd()), &st); err != nil {
 		return State{}, &os.PathError{Op: "statfs", Path: path, Err: err}
 	}
-	s := State{
-		MountPoint: stx.Attributes&unix.STATX_ATTR_MOUNT_ROOT != 0,
-		ReadOnly:   st.Flags&unix.ST_RDONLY != 0,
-		Magic:      uint32(st.Type),
+	s.ReadOnly = st.Flags&unix.ST_RDONLY != 0
+	s.Magic = uint32(st.Type)
+	return s, nil
+}
+
+// mountOf fills MountPoint and ID.
+func mountOf(f *os.File) (State, error) {
+	var stx unix.Statx_t
+	if err := unix.Statx(int(f.Fd()), "", unix.AT_EMPTY_PATH|unix.AT_NO_AUTOMOUNT|unix.AT_STATX_DONT_SYNC, unix.STATX_MNT_ID, &stx); err != nil {
+		return State{}, &os.PathError{Op: "statx", Path: f.Name(), Err: err}
 	}
+	var s State
 	if stx.Mask&unix.STATX_MNT_ID != 0 {
 		s.ID = stx.Mnt_id
 	}
 	if stx.Attributes_mask&unix.STATX_ATTR_MOUNT_ROOT == 0 {
-		s.MountPoint, err = listed(path)
+		var err error
+		s.MountPoint, err = listed(f.Name())
+		return s, err
 	}
-	return s, err
+	s.MountPoint = stx.Attributes&unix.STATX_ATTR_MOUNT_ROOT != 0
+	return s, nil
 }
 
 // IsMountPoint reports whether path is the root of a mount. A path that does
-// not exist is none. Cost as [Query].
+// not exist is none; a file system whose server is gone (FUSE, NFS) still is
+// one. Cost as [Query].
 func IsMountPoint(path string) (bool, error) {
-	s, err := Query(path)
-	if errors.Is(err, os.ErrNotExist) {
-		return false, nil
+	f, err := openTarget(path)
+	if err == nil {
+		defer f.Close()
+		var s State
+		if s, err = mountOf(f); err == nil {
+			return s.MountPoint, nil
+		}
 	}
-	return s.MountPoint, err
+	switch {
+	case errors.Is(err, os.ErrNotExist):
+		return false, nil
+	case errors.Is(err, unix.ENOTCONN), errors.Is(err, unix.ESTALE), errors.Is(err, unix.EIO), errors.Is(err, unix.EACCES):
+		// The list of mounts does not ask the file system. EACCES is a FUSE
+		// mount of another user.
+		return listed(path)
+	}
+	return false, err
 }
 
 // listed reports whether path is in the list of mounts.

@@ -86,6 +86,21 @@ func RequireKernel(tb testing.TB, version, feature string) {
 	}
 }
 
+// KernelHas reports whether this is Linux of at least version, such as "6.8".
+// It is for what a test expects; what it needs is for [RequireKernel].
+func KernelHas(version string) bool {
+	want, err := parseVersion(version)
+	if err != nil {
+		return false
+	}
+	release, err := kernelRelease()
+	if err != nil {
+		return false
+	}
+	have, err := parseVersion(release)
+	return err == nil && !have.less(want)
+}
+
 // SkipUnsupported skips the test if err says that this host lacks something,
 // and does nothing if it is nil or another error. It fails the test if
 //
