@@ -195,9 +195,15 @@ func (r *Report) Write(p []byte) (int, error) { return r.in.Write(p) }
 
 // Close waits until everything is shown and returns the counts and the tests
 // that failed, or that were still running at the end, and those skipped.
-func (r *Report) Close() (t Tally, failed, skipped []string, err error) {
+// passed is what the exit status says.
+func (r *Report) Close(passed bool) (t Tally, failed, skipped []string, err error) {
 	err = errors.Join(r.in.Close(), <-r.done, r.conv.Wait())
 	for name := range r.open {
+		// test2json reports no end of a benchmark that has one.
+		if passed && strings.HasPrefix(name, "Benchmark") {
+			r.tally.Pass++
+			continue
+		}
 		r.failed = append(r.failed, name+" (did not end)")
 	}
 	return r.tally, r.failed, r.skips, err
@@ -254,7 +260,7 @@ func (r *Report) events(in io.Reader) error {
 	}
 	// What was running when the binary ended is what one wants to see.
 	for name := range r.open {
-		for _, s := range held[name] {
+		for _, s := range held[name] { // empty if everything is shown anyway
 			print(s)
 		}
 	}

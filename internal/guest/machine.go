@@ -70,6 +70,7 @@ func (m *Machine) Run(ctx context.Context, handle func(Kind, []byte) error) (err
 		}
 		defer os.Remove(m.disk(i)) // of no use to anybody after the run
 	}
+	parent := ctx
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, "qemu-system-x86_64", m.args()...)
@@ -90,20 +91,22 @@ func (m *Machine) Run(ctx context.Context, handle func(Kind, []byte) error) (err
 		return err
 	}
 	done, readErr := frames(stdout, handle)
-	if !done {
-		cancel() // it may run on without an end
-	} else {
-		// Switching off takes a moment; a machine that cannot is killed.
-		t := time.AfterFunc(5*time.Second, cancel)
-		defer t.Stop()
-		_, _ = io.Copy(io.Discard, stdout)
+	// Switching off takes a moment; a machine that cannot is killed. After an
+	// error it may run on for ever.
+	grace := 5 * time.Second
+	if !done && !errors.Is(readErr, io.EOF) {
+		grace = 0
 	}
+	t := time.AfterFunc(grace, cancel)
+	defer t.Stop()
+	_, _ = io.Copy(io.Discard, stdout)
+	stopped := parent.Err()
 	waitErr := cmd.Wait()
 	switch {
 	case done:
 		return nil
-	case context.Cause(ctx) != nil && errors.Is(ctx.Err(), context.DeadlineExceeded):
-		return ctx.Err()
+	case stopped != nil:
+		return context.Cause(parent)
 	case readErr != nil && !errors.Is(readErr, io.EOF):
 		return readErr
 	}

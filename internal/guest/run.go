@@ -249,7 +249,9 @@ func (r *runner) boot(ctx context.Context, m *Machine) (err error) {
 	}
 	ctx, cancel := context.WithTimeoutCause(ctx, limit, fmt.Errorf("the guest took longer than %s", limit))
 	defer cancel()
-	hello := time.AfterFunc(bootLimit, cancel)
+	ctx, stop := context.WithCancelCause(ctx)
+	defer stop(nil)
+	hello := time.AfterFunc(bootLimit, func() { stop(fmt.Errorf("the guest said nothing for %s", bootLimit)) })
 	defer hello.Stop()
 
 	r.cur, r.ended = -1, map[int]bool{}
@@ -347,14 +349,14 @@ func (r *runner) closeReport(e Ended) error {
 		}
 		return nil
 	}
-	tally, failed, skipped, err := r.report.Close()
+	tally, failed, skipped, err := r.report.Close(why == "")
 	r.report = nil
 	r.total.Add(tally)
 	for _, f := range failed {
 		r.failed = append(r.failed, name+": "+f)
 	}
-	if why == "" && tally.Fail == 0 && tally.Pass == 0 && tally.Skip == 0 && len(r.o.TestArgs) == 0 {
-		why = "ran no test"
+	if why == "" && tally == (Tally{}) && len(r.o.TestArgs) == 0 {
+		why = "ran no test" // with -run that is usual for some of the packages
 	}
 	if why != "" && len(failed) == 0 {
 		r.failed = append(r.failed, name+": "+why)
@@ -374,6 +376,9 @@ func (r *runner) closeReport(e Ended) error {
 
 // summary says what failed. The last line is one that counts on its own.
 func (r *runner) summary(err error) error {
+	if len(r.pkgs) > 0 && len(r.failed) == 0 && r.total.Pass == 0 {
+		r.failed = append(r.failed, "no test passed")
+	}
 	for _, f := range r.failed {
 		r.logf("failed: %s", f)
 	}
