@@ -35,8 +35,10 @@ func (k Kind) String() string {
 // mode, owner, modification time, device number, link target or xattrs differ
 // is Modified. A deleted directory is one change, its contents are not listed.
 // A path whose entry was replaced by one of another type is Modified, and if
-// it was a directory its former contents are not listed either. A directory whose only difference is its size
-// or link count is not listed. The root itself is "/" and can only be Modified.
+// it was a directory its former contents are not listed either. A directory
+// whose only difference is its size or link count is not listed. The root
+// itself is "/" and can only be Modified; against the empty tree it is not
+// listed, as there is nothing to compare it with.
 type Change struct {
 	Path string // absolute in the layer, slash-separated, clean
 	Kind Kind

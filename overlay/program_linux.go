@@ -1,0 +1,140 @@
+package overlay
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/layerfs/layerfs"
+	"github.com/layerfs/layerfs/internal/lifecycle"
+	"github.com/layerfs/layerfs/internal/mount"
+)
+
+func checkProgram(path string) error {
+	if err := unix.Access(path, unix.X_OK); err != nil {
+		return &layerfs.UnsupportedError{Feature: "mount program " + path, Reason: err.Error()}
+	}
+	return nil
+}
+
+// runProgram mounts by the mount program, which goes to the background when
+// the mount is there.
+func (m *mechanism) runProgram(ctx context.Context, plan *mount.Overlay, target string) error {
+	if err := plan.Validate(); err != nil {
+		return err
+	}
+	options := plan.MountOptions()
+	if plan.Flags&mount.ReadOnly != 0 {
+		options = append(options, "ro")
+	}
+	return run(ctx, m.opts.MountProgram, "-o", strings.Join(options, ","), target)
+}
+
+// unmountProgram unmounts what a mount program mounted; without privilege only
+// the helper of libfuse may.
+func unmountProgram(ctx context.Context, path string) error {
+	err := mount.Unmount(path)
+	if !errors.Is(err, unix.EPERM) {
+		return err
+	}
+	st, serr := mount.Query(path)
+	if serr == nil && !st.MountPoint {
+		return mount.ErrNotMounted
+	}
+	return run(ctx, "fusermount3", "-u", "-z", "--", path)
+}
+
+func run(ctx context.Context, name string, args ...string) error {
+	cmd := exec.CommandContext(ctx, name, args...)
+	cmd.Env = append(os.Environ(), "LC_ALL=C")
+	var stderr bytes.Buffer
+	cmd.Stderr = &stderr
+	if err := cmd.Run(); err != nil {
+		if context.Cause(ctx) != nil {
+			err = context.Cause(ctx)
+		}
+		return fmt.Errorf("%s: %w: %s", filepath.Base(name), err, strings.TrimSpace(stderr.String()))
+	}
+	return nil
+}
+
+// viewProgram mounts a view in a directory whose lock tells that it is in use;
+// clearViews removes those of processes that died.
+func (m *mechanism) viewProgram(ctx context.Context, plan *mount.Overlay) (_ lifecycle.View, err error) {
+	dir, err := os.MkdirTemp(m.home, ".view-")
+	if err != nil {
+		return lifecycle.View{}, err
+	}
+	lock, err := os.Open(dir)
+	if err == nil {
+		err = unix.Flock(int(lock.Fd()), unix.LOCK_EX)
+	}
+	if err != nil {
+		return lifecycle.View{}, errors.Join(err, os.Remove(dir))
+	}
+	root := filepath.Join(dir, "root")
+	release := func() error {
+		err := unmountProgram(context.Background(), root)
+		if errors.Is(err, mount.ErrNotMounted) {
+			err = nil
+		}
+		return errors.Join(err, removeIfThere(root), os.Remove(dir), lock.Close())
+	}
+	if err := os.Mkdir(root, 0o700); err != nil {
+		return lifecycle.View{}, errors.Join(err, release())
+	}
+	if err := m.runProgram(ctx, plan, root); err != nil {
+		return lifecycle.View{}, errors.Join(err, release())
+	}
+	return lifecycle.View{Path: root, Release: release}, nil
+}
+
+func removeIfThere(path string) error {
+	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	return nil
+}
+
+// clearViews removes the views of mount programs whose process died.
+func (m *mechanism) clearViews() error {
+	dirs, err := filepath.Glob(filepath.Join(globEscape(m.home), ".view-*"))
+	if err != nil {
+		return err
+	}
+	for _, dir := range dirs {
+		lock, err := os.Open(dir)
+		if errors.Is(err, fs.ErrNotExist) {
+			continue
+		}
+		if err != nil {
+			return err
+		}
+		if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+			lock.Close()
+			continue // in use
+		}
+		root := filepath.Join(dir, "root")
+		err = unmountProgram(context.Background(), root)
+		if errors.Is(err, mount.ErrNotMounted) || errors.Is(err, fs.ErrNotExist) {
+			err = nil
+		}
+		err = errors.Join(err, removeIfThere(root), removeIfThere(dir), lock.Close())
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func globEscape(path string) string {
+	return strings.NewReplacer(`\`, `\\`, `*`, `\*`, `?`, `\?`, `[`, `\[`).Replace(path)
+}
