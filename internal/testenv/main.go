@@ -3,6 +3,7 @@ package testenv
 import (
 	"fmt"
 	"os"
+	"slices"
 	"testing"
 )
 
@@ -18,7 +19,14 @@ import (
 //
 // All of TMPDIR, and so t.TempDir, is below that directory during the run; it
 // is removed at the end. Benchmarks and fuzzing run the same way.
-func Main(m *testing.M) int { return run(m.Run, os.Stderr) }
+func Main(m *testing.M) int {
+	// The workers of go test -fuzz are ended without notice: the directory
+	// would stay. The process that starts them is checked.
+	if slices.Contains(os.Args, "-test.fuzzworker") {
+		return m.Run()
+	}
+	return run(m.Run, os.Stderr)
+}
 
 func run(tests func() int, out *os.File) int {
 	before, err := takeSnapshot("")
