@@ -1,0 +1,147 @@
+//go:build linux
+
+package unionfs
+
+import (
+	"slices"
+	"sync/atomic"
+
+	"golang.org/x/sys/unix"
+)
+
+// A File is an open regular file.
+type File struct {
+	fs    *FS
+	node  *Node
+	fd    int
+	br    *Branch
+	write bool
+	refs  atomic.Int32
+}
+
+// FD returns the descriptor, valid until Close.
+func (f *File) FD() int { return f.fd }
+
+// Node returns what is open.
+func (f *File) Node() *Node { return f.node }
+
+// Current reports whether the file still is what its node stands for: it is
+// not after the node was copied up.
+func (f *File) Current() bool {
+	f.fs.tabMu.Lock()
+	defer f.fs.tabMu.Unlock()
+	return f.node.br == f.br
+}
+
+// get takes a reference unless the file is closed; tabMu is held.
+func (f *File) get() bool {
+	for {
+		r := f.refs.Load()
+		if r == 0 {
+			return false
+		}
+		if f.refs.CompareAndSwap(r, r+1) {
+			return true
+		}
+	}
+}
+
+func (f *File) put() {
+	if f.refs.Add(-1) == 0 {
+		unix.Close(f.fd)
+	}
+}
+
+// Close closes the file. Calls that run on it end first.
+func (f *File) Close() {
+	n := f.node
+	f.fs.tabMu.Lock()
+	if i := slices.Index(n.files, f); i >= 0 {
+		n.files = slices.Delete(n.files, i, i+1)
+	}
+	f.fs.tabMu.Unlock()
+	f.br.files.Add(-1)
+	if f.write {
+		f.br.wopen.Add(-1)
+		n.writers.Add(-1)
+	}
+	f.put()
+}
+
+// anyFile returns an open file of n on its present branch, to be put.
+func (n *Node) anyFile() *File {
+	n.fs.tabMu.Lock()
+	defer n.fs.tabMu.Unlock()
+	for _, f := range n.files {
+		if f.br == n.br && f.get() {
+			return f
+		}
+	}
+	return nil
+}
+
+func (fs *FS) newFile(n *Node, fd int, br *Branch, write bool) *File {
+	f := &File{fs: fs, node: n, fd: fd, br: br, write: write}
+	f.refs.Store(1)
+	br.files.Add(1)
+	if write {
+		br.wopen.Add(1)
+		n.writers.Add(1)
+	}
+	fs.tabMu.Lock()
+	n.files = append(n.files, f)
+	fs.tabMu.Unlock()
+	return f
+}
+
+// openFlags are the flags of open(2) that mean something for a branch file.
+const openFlags = unix.O_ACCMODE | unix.O_APPEND | unix.O_TRUNC | unix.O_DIRECT | unix.O_SYNC | unix.O_DSYNC | unix.O_NOATIME
+
+// OpenFile opens n with flags of open(2). Opening for writing copies the file
+// up, only as much of it as O_TRUNC leaves (rule [D] of copy-up B1). kill: an
+// O_TRUNC strips suid and sgid.
+func (fs *FS) OpenFile(n *Node, flags int, kill bool) (*File, error) {
+	fs.stackMu.RLock()
+	defer fs.stackMu.RUnlock()
+	if n.typ != unix.S_IFREG {
+		return nil, unix.ENXIO
+	}
+	write := flags&unix.O_ACCMODE != unix.O_RDONLY || flags&unix.O_TRUNC != 0
+	if write {
+		limit := int64(-1)
+		if flags&unix.O_TRUNC != 0 {
+			limit = 0
+		}
+		if err := fs.copyUp(n, limit); err != nil {
+			return nil, errno(err)
+		}
+	}
+	var err error
+	for try := 0; try < 4; try++ {
+		var r ref
+		if r, err = n.where(); err != nil {
+			return nil, errno(err)
+		}
+		k := n.keyNow()
+		var fd int
+		fd, err = r.open(flags&openFlags, k)
+		if err == unix.EPERM && flags&unix.O_NOATIME != 0 {
+			fd, err = r.open(flags&openFlags&^unix.O_NOATIME, k)
+		}
+		r.release()
+		if err == unix.ESTALE {
+			continue // copied up or renamed in between
+		}
+		if err != nil {
+			return nil, errno(err)
+		}
+		if kill {
+			if err := killPriv(fd); err != nil {
+				unix.Close(fd)
+				return nil, errno(err)
+			}
+		}
+		return fs.newFile(n, fd, r.br, write), nil
+	}
+	return nil, errno(err)
+}

@@ -1,0 +1,644 @@
+//go:build linux
+
+package unionfs
+
+import (
+	"hash/maphash"
+	"slices"
+
+	"golang.org/x/sys/unix"
+)
+
+func (fs *FS) checkName(name string) error {
+	if len(name) > fs.format.MaxName() {
+		return unix.ENAMETOOLONG
+	}
+	if fs.format.Reserved(name) {
+		return unix.EPERM
+	}
+	if name == "" || name == "." || name == ".." {
+		return unix.EINVAL
+	}
+	for i := 0; i < len(name); i++ {
+		if name[i] == '/' || name[i] == 0 {
+			return unix.EINVAL
+		}
+	}
+	return nil
+}
+
+// part is one instance of a directory that was found.
+type part struct {
+	br  *Branch
+	key key
+	fd  int // -1, or an open descriptor
+}
+
+// found is what a name resolves to.
+type found struct {
+	top   *inst // instance of the parent that has it; nil: not found
+	st    unix.Stat_t
+	dirs  []part // if a directory
+	nlink uint64 // of a directory
+	below bool   // something would be seen if the top entry went away
+	white *inst  // where the search met a whiteout
+}
+
+func (f *found) isDir() bool { return f.top != nil && f.st.Mode&unix.S_IFMT == unix.S_IFDIR }
+
+func (f *found) close() {
+	for _, p := range f.dirs {
+		if p.fd >= 0 {
+			unix.Close(p.fd)
+		}
+	}
+	f.dirs = nil
+}
+
+// look pins an instance for looking into it. ok is false if the instance has
+// gone from its branch, which counts as empty.
+func (fs *FS) look(dir *Node, i *inst) (fd int, ok bool, err error) {
+	fd, err = i.pin()
+	switch err {
+	case nil:
+	case unix.ESTALE:
+		return -1, false, nil
+	default:
+		return -1, false, err
+	}
+	if fs.watch != nil && (i.br.perm == RO || i.br.perm == ROWH) && !i.watched.Swap(true) {
+		if err := fs.watch.Add(dir, fd); err != nil {
+			i.watched.Store(false)
+			fs.log.Warn("watch", "branch", i.br.path, "err", err)
+		}
+	}
+	return fd, true, nil
+}
+
+// resolve finds name. below: find out what lies below the top entry, too.
+// The caller holds dir.mu.
+func (fs *FS) resolve(dir *Node, name string, below bool, f *found) (err error) {
+	is, err := fs.insts(dir)
+	if err != nil {
+		return err
+	}
+	defer func() {
+		if err != nil {
+			f.close()
+		}
+	}()
+	opaque := false
+	for k, i := range is {
+		fd, ok, err := fs.look(dir, i)
+		if err != nil {
+			return err
+		}
+		if !ok {
+			continue
+		}
+		var st unix.Stat_t
+		wh := i.br.perm.Whiteouts()
+		kind, err := fs.format.Probe(fd, name, wh, &st)
+		if err != nil {
+			i.unpin()
+			return err
+		}
+		more := true
+		switch {
+		case kind == Whiteout:
+			f.white = i
+			more = false
+		case kind != Entry:
+		case f.top != nil && (opaque || !f.isDir() || st.Mode&unix.S_IFMT != unix.S_IFDIR):
+			f.below = true
+			more = f.isDir() && !opaque
+		default:
+			isDir := st.Mode&unix.S_IFMT == unix.S_IFDIR
+			if f.top == nil {
+				f.top, f.st = i, st
+				more = isDir || below
+			} else {
+				f.below = true
+			}
+			if !isDir {
+				break
+			}
+			p := part{br: i.br, key: keyOf(&st), fd: -1}
+			if f.nlink == 0 {
+				f.nlink = uint64(st.Nlink)
+			} else if st.Nlink > 2 {
+				f.nlink += uint64(st.Nlink) - 2
+			}
+			if wh && k < len(is)-1 {
+				// Opened rather than asked by a path of two components,
+				// whose first could be changed into a symbolic link.
+				if p.fd, err = openDirAt(fd, name); err == nil {
+					opaque, err = fs.format.Opaque(p.fd)
+				}
+				if err != nil {
+					i.unpin()
+					return err
+				}
+				more = !opaque || below
+			}
+			f.dirs = append(f.dirs, p)
+		}
+		i.unpin()
+		if !more {
+			break
+		}
+	}
+	return nil
+}
+
+// insts returns dir's instances, found again if a change of a branch may have
+// added or removed some.
+func (fs *FS) insts(dir *Node) ([]*inst, error) {
+	if dir.stale.Load() && dir != fs.root {
+		fs.tabMu.Lock()
+		parent, name := dir.parent, dir.name
+		fs.tabMu.Unlock()
+		if parent != nil {
+			dir.stale.Store(false)
+			var f found
+			// Without parent.mu: the caller holds dir.mu, and the order is
+			// parent first. A change in between marks dir stale again.
+			if err := fs.resolve(parent, name, false, &f); err != nil {
+				return nil, err
+			}
+			if f.isDir() {
+				fs.tabMu.Lock()
+				fs.setInsts(dir, f.dirs)
+				f.dirs = nil
+				fs.tabMu.Unlock()
+			}
+		}
+	}
+	is := dir.instList()
+	if len(is) == 0 {
+		return nil, unix.ENOENT
+	}
+	return is, nil
+}
+
+// setInsts gives dir the instances in parts, keeping those it has. tabMu is
+// held.
+func (fs *FS) setInsts(dir *Node, parts []part) {
+	old := dir.insts
+	same := len(old) == len(parts)
+	for k := 0; same && k < len(parts); k++ {
+		same = old[k].br == parts[k].br && old[k].key == parts[k].key
+	}
+	if same {
+		for _, p := range parts {
+			if p.fd >= 0 {
+				unix.Close(p.fd)
+			}
+		}
+		return
+	}
+	is := make([]*inst, 0, len(parts))
+next:
+	for _, p := range parts {
+		for _, o := range old {
+			if o.br == p.br && o.key == p.key {
+				if p.fd >= 0 {
+					unix.Close(p.fd)
+				}
+				is = append(is, o)
+				continue next
+			}
+		}
+		is = append(is, &inst{br: p.br, key: p.key, node: dir, fd: -1})
+		if p.fd >= 0 {
+			unix.Close(p.fd)
+		}
+	}
+	dir.insts = is
+	dir.changes.Add(1)
+	dir.snap = nil
+}
+
+// Lookup finds name in dir and returns a node with one reference, and its
+// attributes in st. ENOENT if there is none.
+func (fs *FS) Lookup(dir *Node, name string, st *unix.Stat_t) (*Node, error) {
+	if err := fs.checkName(name); err != nil {
+		return nil, err
+	}
+	fs.stackMu.RLock()
+	defer fs.stackMu.RUnlock()
+	fs.stats.Lookups.Add(1)
+	dir.mu.RLock()
+	defer dir.mu.RUnlock()
+	return fs.lookup(dir, name, st)
+}
+
+func (fs *FS) lookup(dir *Node, name string, st *unix.Stat_t) (*Node, error) {
+	var f found
+	if err := fs.resolve(dir, name, false, &f); err != nil {
+		return nil, errno(err)
+	}
+	if f.top == nil {
+		return nil, unix.ENOENT
+	}
+	return fs.attach(dir, name, &f, st)
+}
+
+// attach returns the node for what was found, with one reference more. It
+// consumes f.
+func (fs *FS) attach(dir *Node, name string, f *found, st *unix.Stat_t) (*Node, error) {
+	k := keyOf(&f.st)
+	typ := f.st.Mode & unix.S_IFMT
+	ino := fs.unionIno(k)
+	fs.tabMu.Lock()
+	n := dir.kids[name]
+	if f.isDir() {
+		if n == nil || !n.IsDir() || n.dead || !shares(n.insts, f.dirs) {
+			n = fs.newNode(typ)
+			n.ino, n.parent, n.name = ino, dir, name
+			dir.addKid(name, n)
+		}
+		n.refs.Add(1)
+		adopt := len(f.dirs) > 0 && f.dirs[0].fd >= 0 && len(n.insts) == 0
+		fd := -1
+		if adopt {
+			fd, f.dirs[0].fd = f.dirs[0].fd, -1
+		}
+		fs.setInsts(n, f.dirs)
+		f.dirs = nil
+		first := n.insts[0]
+		fs.tabMu.Unlock()
+		if fd >= 0 {
+			// The descriptor that looked for the opaque mark serves on.
+			first.mu.Lock()
+			if first.fd < 0 {
+				first.setFD(fd)
+			} else {
+				unix.Close(fd)
+			}
+			first.mu.Unlock()
+		}
+		*st = f.st
+		st.Ino = n.ino
+		st.Nlink = nlinkT(f.nlink)
+		return n, nil
+	}
+	p := fs.plinks[k]
+	switch {
+	case n != nil && n.typ == typ && !n.dead && (n.key == k || p != nil && n.plink == p):
+	case p != nil && p.node != nil:
+		n = p.node
+		n.addLink(dir, name)
+	case p != nil:
+		n = fs.newNode(typ)
+		n.ino, n.br, n.key, n.plink = p.ino, p.br, p.upper, p
+		p.node = n
+		n.addLink(dir, name)
+	default:
+		multi := f.st.Nlink > 1 && !fs.noPlink
+		n = nil
+		if multi {
+			n = fs.byKey[k]
+		}
+		if n == nil {
+			if up := fs.plinkUp[k]; up != nil {
+				if n = up.node; n == nil {
+					n = fs.newNode(typ)
+					n.ino, n.br, n.key, n.plink = up.ino, up.br, k, up
+					up.node = n
+				}
+			}
+		}
+		if n == nil {
+			n = fs.newNode(typ)
+			n.ino, n.br, n.key = ino, f.top.br, k
+			if multi {
+				n.hashed = true
+				fs.byKey[k] = n
+			}
+		}
+		n.addLink(dir, name)
+	}
+	n.refs.Add(1)
+	pl, hidden := n.plink, n.hidden
+	fs.tabMu.Unlock()
+	*st = f.st
+	if pl != nil {
+		if err := fstatat(pl.br.plnk, pl.name, st); err != nil {
+			fs.Forget(n, 1)
+			return nil, errno(err)
+		}
+		st.Nlink = nlinkT(uint64(pl.nlink))
+	} else if hidden > 0 && uint64(st.Nlink) > uint64(hidden) {
+		st.Nlink -= nlinkT(uint64(hidden))
+	}
+	st.Ino = n.ino
+	return n, nil
+}
+
+func shares(is []*inst, parts []part) bool {
+	for _, i := range is {
+		for _, p := range parts {
+			if i.br == p.br && i.key == p.key {
+				return true
+			}
+		}
+	}
+	return false
+}
+
+// addKid makes n the known child of that name; the child holds its parent.
+// tabMu is held.
+func (dir *Node) addKid(name string, n *Node) {
+	if dir.kids == nil {
+		dir.kids = map[string]*Node{}
+	}
+	dir.kids[name] = n
+	dir.refs.Add(1)
+}
+
+// addLink adds a name of a non-directory. tabMu is held.
+func (n *Node) addLink(dir *Node, name string) {
+	n.dead = false
+	for _, l := range n.links {
+		if l.dir == dir && l.name == name {
+			if dir.kids == nil {
+				dir.kids = map[string]*Node{}
+			}
+			dir.kids[name] = n
+			return
+		}
+	}
+	n.links = append(n.links, link{dir, name})
+	dir.addKid(name, n)
+}
+
+// delLink takes a name away and returns whether the parent's reference is to
+// be given back. tabMu is held.
+func (n *Node) delLink(dir *Node, name string) bool {
+	if dir.kids[name] == n {
+		delete(dir.kids, name)
+	}
+	for i, l := range n.links {
+		if l.dir == dir && l.name == name {
+			n.links = slices.Delete(n.links, i, i+1)
+			return true
+		}
+	}
+	return false
+}
+
+// DirEntry is one entry of a merged directory.
+type DirEntry struct {
+	Name string
+	Ino  uint64 // as a later Lookup gives it
+	Off  uint64 // where a reader goes on behind it; grows through the listing
+	Type uint8  // DT_*
+
+	top  *inst
+	many bool // more than one instance has it
+}
+
+// listing is a merged directory at one moment.
+type listing struct {
+	ents    []DirEntry
+	changes uint64
+}
+
+// firstOff is the offset of the first entry; 1 and 2 are "." and "..".
+const firstOff = 3
+
+// ReadDir returns the entries of dir behind offset off. The offset of an entry
+// is a hash of its name, so it means the same in every later listing. At off 0
+// the directory is read anew; the slice is not to be changed.
+func (fs *FS) ReadDir(dir *Node, off uint64) ([]DirEntry, error) {
+	fs.stackMu.RLock()
+	defer fs.stackMu.RUnlock()
+	fs.tabMu.Lock()
+	l := dir.snap
+	fs.tabMu.Unlock()
+	if off == 0 || l == nil {
+		var err error
+		if l, err = fs.list(dir); err != nil {
+			return nil, errno(err)
+		}
+	}
+	i, _ := slices.BinarySearchFunc(l.ents, off, func(e DirEntry, off uint64) int {
+		if e.Off <= off {
+			return -1
+		}
+		return 1
+	})
+	fs.tabMu.Lock()
+	if i == len(l.ents) {
+		dir.snap = nil
+	} else {
+		dir.snap = l
+	}
+	fs.tabMu.Unlock()
+	return l.ents[i:], nil
+}
+
+func (fs *FS) list(dir *Node) (*listing, error) {
+	dir.mu.RLock()
+	defer dir.mu.RUnlock()
+	return fs.listLocked(dir)
+}
+
+// listLocked is list for callers that hold dir.mu.
+func (fs *FS) listLocked(dir *Node) (*listing, error) {
+	l := &listing{changes: dir.changes.Load()}
+	is, err := fs.insts(dir)
+	if err != nil {
+		return nil, err
+	}
+	bp := fs.bufs.Get().(*[]byte)
+	defer fs.bufs.Put(bp)
+	var seen map[string]int // index in ents, or -1 for a whiteout
+	var white []string
+	if len(is) > 1 {
+		seen = map[string]int{}
+	}
+	var scratch [8]dirent
+	maxName := fs.format.MaxName()
+	for _, i := range is {
+		fd, ok, err := fs.look(dir, i)
+		if err != nil {
+			return nil, err
+		}
+		if !ok {
+			continue
+		}
+		wh := i.br.perm.Whiteouts()
+		white = white[:0]
+		unsure := scratch[:0]
+		add := func(e dirent) {
+			if seen != nil {
+				if k, ok := seen[e.name]; ok {
+					if k >= 0 {
+						l.ents[k].many = true
+					}
+					return
+				}
+				seen[e.name] = len(l.ents)
+			}
+			l.ents = append(l.ents, DirEntry{Name: e.name, Ino: e.ino, Type: e.typ, top: i})
+		}
+		err = listDir(fd, *bp, func(e dirent) error {
+			kind, target := fs.format.Listed(e.name, e.typ, wh)
+			switch kind {
+			case Entry:
+				if len(e.name) <= maxName {
+					add(e)
+				}
+			case Whiteout:
+				white = append(white, target)
+			case Unsure:
+				unsure = append(unsure, e)
+			}
+			return nil
+		})
+		for _, e := range unsure {
+			if err != nil {
+				break
+			}
+			var st unix.Stat_t
+			var kind Kind
+			kind, err = fs.format.Probe(fd, e.name, wh, &st)
+			switch kind {
+			case Entry:
+				add(e)
+			case Whiteout:
+				white = append(white, e.name)
+			}
+		}
+		i.unpin()
+		if err == unix.ENOENT || err == unix.ESTALE {
+			err = nil // removed directly while we looked
+		}
+		if err != nil {
+			return nil, err
+		}
+		if seen != nil {
+			for _, w := range white {
+				if _, ok := seen[w]; !ok {
+					seen[w] = -1
+				}
+			}
+		}
+	}
+	for k := range l.ents {
+		e := &l.ents[k]
+		e.Off = maphash.String(fs.seed, e.Name)>>2 + firstOff
+		e.Ino = fs.listIno(key{e.top.key.dev, e.Ino})
+	}
+	slices.SortFunc(l.ents, func(a, b DirEntry) int {
+		if a.Off < b.Off {
+			return -1
+		}
+		if a.Off > b.Off {
+			return 1
+		}
+		return 0
+	})
+	for k := 1; k < len(l.ents); k++ {
+		if l.ents[k].Off <= l.ents[k-1].Off {
+			l.ents[k].Off = l.ents[k-1].Off + 1
+		}
+	}
+	return l, nil
+}
+
+// listIno is the number a listed inode has in the union.
+func (fs *FS) listIno(k key) uint64 {
+	fs.tabMu.Lock()
+	p := fs.plinks[k]
+	fs.tabMu.Unlock()
+	if p != nil {
+		return p.ino
+	}
+	return fs.unionIno(k)
+}
+
+// LookupEntry is Lookup for an entry that ReadDir returned, cheaper if nothing
+// changed since.
+func (fs *FS) LookupEntry(dir *Node, e *DirEntry, st *unix.Stat_t) (*Node, error) {
+	fs.stackMu.RLock()
+	defer fs.stackMu.RUnlock()
+	dir.mu.RLock()
+	defer dir.mu.RUnlock()
+	fs.tabMu.Lock()
+	l := dir.snap
+	ok := l != nil && l.changes == dir.changes.Load() && !dir.stale.Load()
+	fs.tabMu.Unlock()
+	if !ok || e.top == nil || e.many {
+		return fs.lookup(dir, e.Name, st)
+	}
+	fd, ok, err := fs.look(dir, e.top)
+	if err != nil || !ok {
+		return fs.lookup(dir, e.Name, st)
+	}
+	var f found
+	err = fstatat(fd, e.Name, &f.st)
+	e.top.unpin()
+	if err != nil {
+		return nil, errno(err)
+	}
+	if f.st.Mode&unix.S_IFMT>>12 != uint32(e.Type) {
+		return fs.lookup(dir, e.Name, st)
+	}
+	f.top = e.top
+	if f.isDir() {
+		f.nlink = uint64(f.st.Nlink)
+		f.dirs = []part{{br: e.top.br, key: keyOf(&f.st), fd: -1}}
+	}
+	return fs.attach(dir, e.Name, &f, st)
+}
+
+// touched notes that names in dir changed. The caller holds dir.mu.
+func (dir *Node) touched() { dir.changes.Add(1) }
+
+// Changed tells the engine that the directory may have changed directly on
+// a branch: its listing and, if name is not empty, the child of that name are
+// found again. It returns the known child.
+func (fs *FS) Changed(dir *Node, name string) *Node {
+	fs.tabMu.Lock()
+	defer fs.tabMu.Unlock()
+	dir.changes.Add(1)
+	dir.snap = nil
+	n := dir.kids[name]
+	if n != nil && n.IsDir() {
+		n.stale.Store(true)
+	}
+	return n
+}
+
+// ChangedAll is Changed for every known directory.
+func (fs *FS) ChangedAll() {
+	fs.eachNode(func(n *Node) { n.stale.Store(n.IsDir()); n.snap = nil; n.changes.Add(1) })
+}
+
+// eachNode calls f for every node that can be reached from the root, under
+// tabMu.
+func (fs *FS) eachNode(f func(*Node)) {
+	fs.tabMu.Lock()
+	defer fs.tabMu.Unlock()
+	todo := []*Node{fs.root}
+	for len(todo) > 0 {
+		n := todo[len(todo)-1]
+		todo = todo[:len(todo)-1]
+		f(n)
+		for _, k := range n.kids {
+			todo = append(todo, k)
+		}
+	}
+}
+
+// EachName calls f with every known directory and child name.
+func (fs *FS) EachName(f func(dir *Node, name string, n *Node)) {
+	fs.eachNode(func(n *Node) {
+		for name, k := range n.kids {
+			f(n, name, k)
+		}
+	})
+}

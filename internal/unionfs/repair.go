@@ -1,0 +1,149 @@
+//go:build linux
+
+package unionfs
+
+import (
+	"os"
+
+	"golang.org/x/sys/unix"
+)
+
+// join prepares a branch for its permission. A writable one gets the files
+// AUFS keeps in its root, and if the last union that had it did not end
+// properly, it is searched for what that left.
+func (fs *FS) join(b *Branch, skipRepair bool) (done []Repaired, err error) {
+	if b.perm != RW {
+		return nil, nil
+	}
+	if err := b.claim(); err != nil {
+		return nil, err
+	}
+	fail := func(op string, err error) ([]Repaired, error) {
+		b.release()
+		return done, &os.PathError{Op: op, Path: b.path, Err: err}
+	}
+	var st unix.Stat_t
+	if b.crashed, err = exists(b.root, whMounted, &st); err != nil {
+		return fail("fstatat", err)
+	}
+	if err := fs.furnish(b); err != nil {
+		return fail("prepare", err)
+	}
+	if b.crashed && !skipRepair {
+		err := fs.repairDir(b, b.root, "", &done)
+		if err != nil {
+			return fail("repair", err)
+		}
+	}
+	if err := fs.emptyOrphans(b, &done); err != nil {
+		return fail("repair", err)
+	}
+	if err := mkfile(b.root, whMounted, 0o444); err != nil {
+		return fail("openat", err)
+	}
+	return done, nil
+}
+
+// furnish makes the base of whiteouts and the two directories (rule 2 F6).
+func (fs *FS) furnish(b *Branch) error {
+	if err := mkfile(b.root, whBase, 0o444); err != nil {
+		return err
+	}
+	for _, d := range []string{whPlink, whOrphan} {
+		if fs.noPlink && d == whPlink {
+			if err := removeTree(b.root, d); err != nil && err != unix.ENOENT {
+				return err
+			}
+			continue
+		}
+		if err := unix.Mkdirat(b.root, d, 0o700); err != nil && err != unix.EEXIST {
+			return err
+		}
+	}
+	if fs.noPlink {
+		return nil
+	}
+	var err error
+	b.plnk, err = openDirAt(b.root, whPlink)
+	return err
+}
+
+// leave ends what join began.
+func (fs *FS) leave(b *Branch) error {
+	err := unix.Unlinkat(b.root, whMounted, 0)
+	if err == unix.ENOENT {
+		err = nil
+	}
+	if b.plnk >= 0 {
+		unix.Close(b.plnk)
+		b.plnk = -1
+	}
+	b.release()
+	if err != nil {
+		return &os.PathError{Op: "unlinkat", Path: b.path + "/" + whMounted, Err: err}
+	}
+	return nil
+}
+
+func (fs *FS) orphanDir(b *Branch) (int, error) { return openDirAt(b.root, whOrphan) }
+
+func (fs *FS) emptyOrphans(b *Branch, done *[]Repaired) error {
+	d, err := fs.orphanDir(b)
+	if err != nil {
+		return err
+	}
+	defer unix.Close(d)
+	var names []string
+	err = listDir(d, make([]byte, 4<<10), func(e dirent) error {
+		names = append(names, e.name)
+		return nil
+	})
+	for _, n := range names {
+		if err == nil {
+			err = removeTree(d, n)
+			*done = append(*done, Repaired{b.path, whOrphan + "/" + n, "removed orphan"})
+		}
+	}
+	return err
+}
+
+// repairDir mends the directory fd and those below it.
+func (fs *FS) repairDir(b *Branch, fd int, path string, done *[]Repaired) error {
+	listed := map[string]uint8{}
+	err := listDir(fd, make([]byte, 32<<10), func(e dirent) error {
+		listed[e.name] = e.typ
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	for name, typ := range listed {
+		if path == "" && (name == whPlink || name == whOrphan || name == whBase || name == whMounted) {
+			continue
+		}
+		what, err := fs.format.Repair(b, fd, name, listed)
+		if err != nil {
+			return err
+		}
+		if what != "" {
+			*done = append(*done, Repaired{b.path, path + name, what})
+			continue
+		}
+		if typ != unix.DT_DIR {
+			continue
+		}
+		d, err := openDirAt(fd, name)
+		if err == unix.ENOTDIR || err == unix.ELOOP || err == unix.ENOENT {
+			continue
+		}
+		if err != nil {
+			return err
+		}
+		err = fs.repairDir(b, d, path+name+"/", done)
+		unix.Close(d)
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
