@@ -77,7 +77,7 @@ func WalkParallel(ctx context.Context, root int, workers int, v Visitor) error {
 	if err != nil {
 		return err
 	}
-	w.enter(&Dir{FD: fd})
+	w.jobs = []job{w.enter(&Dir{FD: fd})}
 	var wg sync.WaitGroup
 	for range workers {
 		wg.Go(w.work)
@@ -100,6 +100,7 @@ type parallel struct {
 	mu   sync.Mutex
 	more sync.Cond
 	jobs []job // guarded by mu; last in, first out
+	idle int   // workers that wait, guarded by mu
 	open int   // directories entered and not released, guarded by mu
 	err  error // first error, guarded by mu
 
@@ -109,33 +110,52 @@ type parallel struct {
 func (w *parallel) work() {
 	buf := make([]byte, direntBytes)
 	for {
-		w.mu.Lock()
-		for len(w.jobs) == 0 && w.open > 0 {
-			w.more.Wait()
-		}
-		if len(w.jobs) == 0 {
-			w.mu.Unlock()
+		j, ok := w.pop()
+		if !ok {
 			return
 		}
-		j := w.jobs[len(w.jobs)-1]
-		w.jobs[len(w.jobs)-1] = job{}
-		w.jobs = w.jobs[:len(w.jobs)-1]
-		w.mu.Unlock()
-
-		// After a failure jobs are only counted off, so that directories
-		// are released in order.
-		if err := w.ctx.Err(); err != nil {
-			w.fail(err)
-		}
-		if !w.failed.Load() {
-			if j.entries == nil {
-				w.fail(w.read(j.dir, buf))
-			} else {
-				w.fail(w.visit(j))
+		// What a job leaves to do next stays with this worker: waking
+		// another one for each small directory costs more than it gains.
+		for ok {
+			var next job
+			// After a failure jobs are only counted off, so that
+			// directories are released in order.
+			if err := w.ctx.Err(); err != nil {
+				w.fail(err)
 			}
+			if !w.failed.Load() {
+				var err error
+				if j.entries == nil {
+					next, ok, err = w.read(j.dir, buf)
+				} else {
+					next, ok, err = w.visit(j)
+				}
+				w.fail(err)
+			} else {
+				ok = false
+			}
+			w.done(j.dir)
+			j = next
 		}
-		w.done(j.dir)
 	}
+}
+
+// pop waits for a job; ok is false if there will be none.
+func (w *parallel) pop() (j job, ok bool) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for len(w.jobs) == 0 && w.open > 0 {
+		w.idle++
+		w.more.Wait()
+		w.idle--
+	}
+	if len(w.jobs) == 0 {
+		return job{}, false
+	}
+	last := len(w.jobs) - 1
+	j, w.jobs[last] = w.jobs[last], job{}
+	w.jobs = w.jobs[:last]
+	return j, true
 }
 
 func (w *parallel) fail(err error) {
@@ -154,24 +174,24 @@ func (w *parallel) fail(err error) {
 func (w *parallel) push(d *Dir, jobs ...job) {
 	d.pending.Add(int64(len(jobs)))
 	w.mu.Lock()
+	defer w.mu.Unlock()
 	w.jobs = append(w.jobs, jobs...)
-	w.mu.Unlock()
-	if len(jobs) == 1 {
+	for range min(w.idle, len(jobs)) {
 		w.more.Signal()
-	} else {
-		w.more.Broadcast()
 	}
 }
 
-// enter takes over an open directory whose parent counts it as pending.
-func (w *parallel) enter(d *Dir) {
+// enter takes over an open directory whose parent counts it as pending, and
+// returns the job to read it, which counts as pending there.
+func (w *parallel) enter(d *Dir) job {
 	w.mu.Lock()
 	w.open++
 	w.mu.Unlock()
+	d.pending.Add(1)
 	if err := w.v.Enter(d); err != nil {
 		w.fail(err)
 	}
-	w.push(d, job{dir: d})
+	return job{dir: d}
 }
 
 // done counts off one piece of work of d and leaves what is complete.
@@ -193,72 +213,79 @@ func (w *parallel) done(d *Dir) {
 	}
 }
 
-// read reads one buffer of entries and pushes them in batches, on top of the
-// job that will go on reading: so no more than a buffer of them waits.
-func (w *parallel) read(d *Dir, buf []byte) error {
-	n, err := getdents(d.FD, buf)
-	if err != nil {
-		return &os.PathError{Op: "getdents", Path: d.Path(""), Err: err}
-	}
-	if n == 0 {
-		return nil
-	}
-	jobs := []job{{dir: d}}
+// read reads entries until there is more than one batch of them, or no more.
+// All batches but the last are pushed, on top of the job that goes on reading,
+// so that no more than a buffer of entries waits.
+func (w *parallel) read(d *Dir, buf []byte) (next job, ok bool, err error) {
+	var batches []job
 	batch := make([]dirent, 0, batchSize)
-	for e := range dirents(buf[:n]) {
-		batch = append(batch, e)
-		if len(batch) == batchSize {
-			jobs = append(jobs, job{d, batch})
-			batch = make([]dirent, 0, batchSize)
+	for len(batches) == 0 {
+		n, err := getdents(d.FD, buf)
+		if err != nil {
+			return job{}, false, &os.PathError{Op: "getdents", Path: d.Path(""), Err: err}
+		}
+		if n == 0 {
+			if len(batch) == 0 {
+				return job{}, false, nil
+			}
+			d.pending.Add(1)
+			return job{d, batch}, true, nil
+		}
+		for e := range dirents(buf[:n]) {
+			if len(batch) == batchSize {
+				if batches == nil {
+					batches = append(batches, job{dir: d})
+				}
+				batches = append(batches, job{d, batch})
+				batch = make([]dirent, 0, batchSize)
+			}
+			batch = append(batch, e)
 		}
 	}
-	if len(batch) > 0 {
-		jobs = append(jobs, job{d, batch})
-	}
-	w.push(d, jobs...)
-	return nil
+	w.push(d, batches...)
+	d.pending.Add(1)
+	return job{d, batch}, true, nil
 }
 
-func (w *parallel) visit(j job) error {
+// visit visits entries up to the first directory, which it opens and returns
+// to be read next; the rest is pushed.
+func (w *parallel) visit(j job) (next job, ok bool, err error) {
 	for i, e := range j.entries {
 		if e.typ == unix.DT_UNKNOWN {
 			var st unix.Stat_t
 			if err := unix.Fstatat(j.dir.FD, e.name, &st, unix.AT_SYMLINK_NOFOLLOW); err != nil {
 				if err := gone("fstatat", j.dir.Path(e.name), err); err != nil {
-					return err
+					return job{}, false, err
 				}
 				continue
 			}
 			e.typ = uint8(st.Mode >> 12 & 0xf) // DT_x is S_IFx >> 12, dirent.h
 		}
 		if i > 0 && w.failed.Load() {
-			return nil
+			return job{}, false, nil
 		}
 		if err := w.ctx.Err(); err != nil {
-			return err
+			return job{}, false, err
 		}
 		if e.typ != unix.DT_DIR {
 			if err := w.v.Entry(j.dir, e.name, e.typ); err != nil {
-				return err
+				return job{}, false, err
 			}
 			continue
 		}
 		fd, err := openDir(j.dir.FD, e.name)
 		if err != nil {
 			if err := gone("openat", j.dir.Path(e.name), err); err != nil {
-				return err
+				return job{}, false, err
 			}
 			continue
 		}
-		// The rest of the batch goes first onto the stack: the new directory
-		// is finished, and closed, before another one is opened here.
 		child := &Dir{Parent: j.dir, Name: e.name, FD: fd}
 		j.dir.pending.Add(1)
 		if rest := j.entries[i+1:]; len(rest) > 0 {
 			w.push(j.dir, job{j.dir, rest})
 		}
-		w.enter(child)
-		return nil
+		return w.enter(child), true, nil
 	}
-	return nil
+	return job{}, false, nil
 }
