@@ -12,25 +12,19 @@ import (
 // caller holds. From then on parent is frozen.
 func (d *Dir) AddChild(parent, child string) error {
 	path := d.path("children", parent, child)
-	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE, 0o600)
-	if errors.Is(err, fs.ErrNotExist) {
-		if err := os.Mkdir(d.path("children", parent), 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
-			return err
-		}
-		f, err = os.OpenFile(path, os.O_WRONLY|os.O_CREATE, 0o600)
-	}
-	if err != nil {
+	err := create(path)
+	if !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
-	return f.Close()
+	if err := os.Mkdir(d.path("children", parent), 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
+		return err
+	}
+	return create(path)
 }
 
 // RemoveChild takes AddChild back.
 func (d *Dir) RemoveChild(parent, child string) error {
-	if err := os.Remove(d.path("children", parent, child)); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return err
-	}
-	return nil
+	return unlink(d.path("children", parent, child))
 }
 
 // Children lists the layers that were made on id or are being made. After a
@@ -82,5 +76,5 @@ func (d *Dir) busy(id string) (bool, error) {
 // DropChildren removes the directory of a removed layer's children, which is
 // empty by then. It is only tidiness: an empty directory means no children.
 func (d *Dir) DropChildren(id string) {
-	os.Remove(d.path("children", id))
+	rmdir(d.path("children", id))
 }

@@ -83,32 +83,21 @@ func (d *Dir) BuildPath(id string) string { return d.path("build", id) }
 // writeFile replaces a file atomically and syncs it and its directory as the
 // policy says. The temporary name starts with a dot, so it is no id;
 // [Dir.ClearTemporary] removes what a crash left.
-func (d *Dir) writeFile(path string, data []byte) (err error) {
+func (d *Dir) writeFile(path string, data []byte) error {
 	dir, base := filepath.Split(path)
 	temp := fmt.Sprintf("%s.%s.%d.%d", dir, base, os.Getpid(), d.temp.Add(1))
-	f, err := os.OpenFile(temp, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
+	err := writeNew(temp, data, d.sync)
+	if err == nil {
+		err = rename(temp, path)
+	}
 	if err != nil {
+		_ = unlink(temp) // what went wrong first is what is told
 		return err
 	}
-	defer func() {
-		if err != nil {
-			os.Remove(temp)
-		}
-	}()
-	_, err = f.Write(data)
-	if err == nil && d.sync {
-		err = f.Sync()
+	if d.sync {
+		return syncDir(dir)
 	}
-	if cerr := f.Close(); err == nil {
-		err = cerr
-	}
-	if err == nil {
-		err = os.Rename(temp, path)
-	}
-	if err == nil && d.sync {
-		err = syncDir(dir)
-	}
-	return err
+	return nil
 }
 
 // ClearTemporary removes what writers that crashed left of their files.

@@ -43,10 +43,7 @@ func (d *Dir) Persistent(id string) (Persistent, error) {
 // holds.
 func (d *Dir) SetPersistent(id string, p Persistent) error {
 	if p.Count == 0 && !p.Mapped {
-		if err := os.Remove(d.path("persist", id)); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			return err
-		}
-		return nil
+		return unlink(d.path("persist", id))
 	}
 	p.Boot = BootID()
 	b, err := json.Marshal(p)

@@ -92,14 +92,23 @@ func readRecord(path, id string) (*Record, error) {
 	return &rec, nil
 }
 
-// Save makes or replaces the record of a layer whose lock the caller holds. It
-// is atomic and, unless the policy is none, on stable storage on return.
+// Save makes or replaces the record of a layer whose lock the caller holds;
+// rec must not be changed any more. It is atomic and, unless the policy is none, on stable storage on return.
 func (d *Dir) Save(rec *Record) error {
 	b, err := json.MarshalIndent(rec, "", "\t")
 	if err != nil {
 		return fmt.Errorf("record of %s: %w", rec.ID, err)
 	}
-	return d.writeFile(d.recordPath(rec.ID), append(b, '\n'))
+	path := d.recordPath(rec.ID)
+	if err := d.writeFile(path, append(b, '\n')); err != nil {
+		return err
+	}
+	// Nobody else can have replaced it since, and reading it back would give
+	// the same.
+	if fi, err := os.Lstat(path); err == nil {
+		d.cache.Store(rec.ID, cached{rec, fi})
+	}
+	return nil
 }
 
 // IDs lists the layers that have a record, in no order.
@@ -108,7 +117,7 @@ func (d *Dir) IDs() ([]string, error) { return d.ids("records") }
 // Drop commits the removal of a layer whose lock the caller holds: it is gone,
 // and [Dir.Removed] lists it until [Dir.Forget].
 func (d *Dir) Drop(rec *Record) error {
-	if err := os.Rename(d.recordPath(rec.ID), d.path("removed", rec.ID)); err != nil {
+	if err := rename(d.recordPath(rec.ID), d.path("removed", rec.ID)); err != nil {
 		return err
 	}
 	d.cache.Delete(rec.ID)
@@ -133,10 +142,7 @@ func (d *Dir) LoadRemoved(id string) (*Record, error) {
 
 // Forget ends the removal of a layer: its storage is gone.
 func (d *Dir) Forget(id string) error {
-	if err := os.Remove(d.path("removed", id)); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return err
-	}
-	return nil
+	return unlink(d.path("removed", id))
 }
 
 func (d *Dir) recordPath(id string) string { return d.path("records", id) }
