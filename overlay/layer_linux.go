@@ -15,6 +15,7 @@ import (
 	"github.com/layerfs/layerfs/copyup"
 	"github.com/layerfs/layerfs/internal/layerdir"
 	"github.com/layerfs/layerfs/internal/lifecycle"
+	"github.com/layerfs/layerfs/internal/sys"
 	"github.com/layerfs/layerfs/internal/undo"
 )
 
@@ -56,12 +57,12 @@ func (m *mechanism) build(ctx context.Context, rec *lifecycle.Record, parent lif
 		if err := os.Mkdir(filepath.Join(dir, "work"), 0o700); err != nil {
 			return err
 		}
-		if err := os.WriteFile(filepath.Join(dir, "lower-id"), []byte(rec.Parent), 0o600); err != nil {
+		if err := sys.WriteFile(filepath.Join(dir, "lower-id"), []byte(rec.Parent), 0o600, false); err != nil {
 			return err
 		}
 	}
-	if err := os.Rename(dir, m.layer(rec.ID)); err != nil {
-		return err
+	if err := unix.Rename(dir, m.layer(rec.ID)); err != nil {
+		return &os.LinkError{Op: "rename", Old: dir, New: m.layer(rec.ID), Err: err}
 	}
 	u.Push(func() error { return os.Rename(m.layer(rec.ID), dir) })
 	return m.syncLayer(rec.ID)

@@ -202,12 +202,13 @@ func (m *mechanism) unmount(ctx context.Context, path string) error {
 
 // State looks at a layer's path.
 func (m *mechanism) State(id string) (lifecycle.State, error) {
-	st, err := mount.Query(m.Path(id))
-	if errors.Is(err, os.ErrNotExist) {
-		return lifecycle.State{}, nil
+	mounted, err := mount.IsMountPoint(m.Path(id))
+	if err != nil || !mounted {
+		return lifecycle.State{}, err
 	}
+	st, err := mount.Query(m.Path(id))
 	if errors.Is(err, unix.ENOTCONN) { // a mount program that died
-		return lifecycle.State{Mounted: true, ReadOnly: false}, nil
+		return lifecycle.State{Mounted: true}, nil
 	}
 	return lifecycle.State{Mounted: st.MountPoint, ReadOnly: st.ReadOnly}, err
 }

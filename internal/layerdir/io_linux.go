@@ -25,28 +25,7 @@ func create(path string) error {
 
 // writeNew makes or truncates a file.
 func writeNew(path string, data []byte, sync bool) error {
-	fd, err := sys.Openat(unix.AT_FDCWD, path, unix.O_WRONLY|unix.O_CREAT|unix.O_TRUNC, 0o600)
-	if err != nil {
-		return err
-	}
-	op := "write"
-	var n int
-	for err == nil && len(data) > 0 {
-		if n, err = unix.Write(fd, data); errors.Is(err, unix.EINTR) {
-			n, err = 0, nil
-		}
-		data = data[max(n, 0):]
-	}
-	if err == nil && sync {
-		op, err = "fsync", unix.Fsync(fd)
-	}
-	if cerr := unix.Close(fd); err == nil && cerr != nil {
-		op, err = "close", cerr
-	}
-	if err != nil {
-		return errPath(op, path, err)
-	}
-	return nil
+	return sys.WriteFile(path, data, 0o600, sync)
 }
 
 func rename(from, to string) error {

@@ -69,16 +69,18 @@ func mountOf(f *os.File) (State, error) {
 
 // IsMountPoint reports whether path is the root of a mount. A path that does
 // not exist is none; a file system whose server is gone (FUSE, NFS) still is
-// one. Cost as [Query].
+// one. It costs one system call; before Linux 5.8 all mounts are read.
 func IsMountPoint(path string) (bool, error) {
-	f, err := openTarget(path)
+	const flags = unix.AT_SYMLINK_NOFOLLOW | unix.AT_NO_AUTOMOUNT | unix.AT_STATX_DONT_SYNC
+	var stx unix.Statx_t
+	err := unix.Statx(unix.AT_FDCWD, path, flags, 0, &stx)
 	if err == nil {
-		defer f.Close()
-		var s State
-		if s, err = mountOf(f); err == nil {
-			return s.MountPoint, nil
+		if stx.Attributes_mask&unix.STATX_ATTR_MOUNT_ROOT == 0 {
+			return listed(path)
 		}
+		return stx.Attributes&unix.STATX_ATTR_MOUNT_ROOT != 0, nil
 	}
+	err = &os.PathError{Op: "statx", Path: path, Err: err}
 	switch {
 	case errors.Is(err, os.ErrNotExist):
 		return false, nil
