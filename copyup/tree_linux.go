@@ -1,3 +1,5 @@
+//go:build !layerfs_portable
+
 package copyup
 
 import (
