@@ -29,7 +29,7 @@ import (
 // snapshots must stay as they are, which their flag ensures.
 func Changes(ctx context.Context, oldSnap, newSnap string) iter.Seq2[layerfs.Change, error] {
 	return func(yield func(layerfs.Change, error) bool) {
-		err := compare(ctx, oldSnap, newSnap, func(d *difference) error {
+		err := walkPlaces(ctx, oldSnap, newSnap, false, func(d *difference) error {
 			if !yield(layerfs.Change{Path: d.path, Kind: d.kind}, nil) {
 				return errStop
 			}
@@ -76,13 +76,15 @@ func (f *file) open(flags int) (*os.File, error) {
 	return os.NewFile(uintptr(fd), f.name), nil
 }
 
-// compare calls visit for every difference, in order.
-func compare(ctx context.Context, oldSnap, newSnap string, visit func(*difference) error) error {
+// walkPlaces calls visit for every difference, in order. With extents it does
+// so for every regular file whose content may differ, equal or not, and kind
+// has no meaning.
+func walkPlaces(ctx context.Context, oldSnap, newSnap string, extents bool, visit func(*difference) error) error {
 	delta, err := deltaOf(ctx, oldSnap, newSnap)
 	if err != nil {
 		return err
 	}
-	w := &walker{ctx: ctx, visit: visit, inodes: map[uint64]*change{}}
+	w := &walker{ctx: ctx, visit: visit, extents: extents, inodes: map[uint64]*change{}}
 	or, err := openDir(oldSnap)
 	if err != nil {
 		return err
@@ -160,15 +162,15 @@ func (p *place) add(path string) {
 	p.marked = true
 }
 
-// change is what the stream says about an inode's content.
+// change is what the stream says about the content of an inode.
 type change struct {
-	data  bool
-	spans []span
+	spans []span // that may differ, in order
 }
 
 type walker struct {
 	ctx            context.Context
 	visit          func(*difference) error
+	extents        bool
 	places         place
 	inodes         map[uint64]*change // touched inodes that both trees may have
 	oldDev, newDev uint64
@@ -204,7 +206,6 @@ func (w *walker) mark(delta *Delta, oldRoot, newRoot *os.File) error {
 			w.inodes[st.Ino] = c
 		}
 		if t.n.data {
-			c.data = true
 			c.spans = mergeSpans(append(c.spans, t.n.spans()...))
 		}
 		if st.Nlink == 1 && len(t.paths) == 1 {
@@ -292,7 +293,11 @@ func (w *walker) both(path string, of, nf *file, p *place, isRoot bool) error {
 	}
 	if !same || p != nil && p.marked {
 		d := &difference{path: path, kind: layerfs.Modified, old: of, new: nf, same: same}
-		differs, err := w.differs(d)
+		w.setSpans(d)
+		differs, err := w.extents, error(nil)
+		if !differs {
+			differs, err = w.differs(d)
+		}
 		if err != nil {
 			return fmt.Errorf("%s: %w", path, err)
 		}
@@ -439,20 +444,22 @@ func sameInode(of, nf *file, od, nd *os.File) (bool, error) {
 	return gen[0] == gen[1], nil
 }
 
-// differs compares the attributes of two files, then the content if need be.
-// For files with content it leaves in d what may differ.
-func (w *walker) differs(d *difference) (bool, error) {
-	o, n := &d.old.st, &d.new.st
-	regular := d.new.isType(unix.S_IFREG) && d.old.isType(unix.S_IFREG)
-	if regular {
-		d.spans = []span{{0, max(o.Size, n.Size)}}
-		if c := w.inodes[n.Ino]; d.same {
-			d.spans = nil
-			if c != nil && c.data {
-				d.spans = c.spans
-			}
+// setSpans sets the ranges in which the content of two files may differ.
+func (w *walker) setSpans(d *difference) {
+	switch {
+	case !d.new.isType(unix.S_IFREG) || !d.old.isType(unix.S_IFREG):
+	case !d.same:
+		d.spans = []span{{0, max(d.old.st.Size, d.new.st.Size)}}
+	default:
+		if c := w.inodes[d.new.st.Ino]; c != nil {
+			d.spans = c.spans
 		}
 	}
+}
+
+// differs compares the attributes of two files, then the content if need be.
+func (w *walker) differs(d *difference) (bool, error) {
+	o, n := &d.old.st, &d.new.st
 	if o.Mode != n.Mode || o.Uid != n.Uid || o.Gid != n.Gid || o.Mtim != n.Mtim {
 		return true, nil
 	}
@@ -478,7 +485,7 @@ func (w *walker) differs(d *difference) (bool, error) {
 	if differs, err := xattrsDiffer(d.old, d.new); err != nil || differs {
 		return true, err
 	}
-	if regular && len(d.spans) > 0 {
+	if len(d.spans) > 0 {
 		return w.contentDiffers(d)
 	}
 	return false, nil

@@ -186,13 +186,13 @@ func DestroyAll(ctx context.Context, path string) ([]uint64, error) {
 		if err := ctx.Err(); err != nil {
 			return gone, err
 		}
-		// A nested subvolume may have been created read-only by its owner, or lie
-		// below a read-only one: neither hinders the removal by id, but by name
-		// the directory must be writable.
-		err := Destroy(filepath.Join(path, n.Path))
-		if err != nil {
-			if byID := destroyByIDAt(path, n.ID); byID == nil {
-				err = nil
+		full := filepath.Join(path, n.Path)
+		err := Destroy(full)
+		if errors.Is(err, unix.EROFS) {
+			// The one that holds it was made read-only after it was nested there.
+			// It goes next, so the flag has served its time.
+			if err = SetReadOnly(filepath.Dir(full), false); err == nil {
+				err = Destroy(full)
 			}
 		}
 		if err != nil && !errors.Is(err, unix.ENOENT) {
@@ -204,15 +204,6 @@ func DestroyAll(ctx context.Context, path string) ([]uint64, error) {
 		return gone, err
 	}
 	return append(gone, info.ID), nil
-}
-
-func destroyByIDAt(path string, id uint64) error {
-	f, err := openDir(path)
-	if err != nil {
-		return err
-	}
-	defer f.Close()
-	return DestroyByID(f, id)
 }
 
 // NestedSubvolume is a subvolume below another one.
@@ -384,6 +375,10 @@ func Commit(path string) error {
 		return err
 	}
 	defer f.Close()
+	return commit(f)
+}
+
+func commit(f *os.File) error {
 	var id uint64
 	if err := sys.Ioctl(f, "ioctl BTRFS_IOC_START_SYNC", sys.BtrfsIocStartSync, &id); err != nil {
 		return notBtrfs(err)
@@ -423,6 +418,7 @@ func WaitCleaned(ctx context.Context, path string, id uint64) error {
 }
 
 func pollCleaned(ctx context.Context, f *os.File, id uint64) error {
+	committed := false
 	for pause := minPoll; ; pause = min(2*pause, maxPoll) {
 		item, err := searchOne(f, treeRoot, id, itemRoot)
 		if err != nil {
@@ -432,7 +428,15 @@ func pollCleaned(ctx context.Context, f *os.File, id uint64) error {
 			return nil
 		}
 		if len(item.Data) >= rootItemRefs+4 && le32(item.Data[rootItemRefs:]) != 0 {
-			return fmt.Errorf("subvolume %d was not removed: %w", id, os.ErrExist)
+			if committed {
+				return fmt.Errorf("subvolume %d was not removed: %w", id, os.ErrExist)
+			}
+			// The tree learns of the removal with the next commit.
+			committed = true
+			if err := commit(f); err != nil {
+				return err
+			}
+			continue
 		}
 		select {
 		case <-ctx.Done():
@@ -525,6 +529,8 @@ func atPath(path string, err error) error {
 	}
 	return fmt.Errorf("%s: %w", path, err)
 }
+
+func isErrno(err error, want unix.Errno) bool { return errors.Is(err, want) }
 
 func retry(f func() error) error {
 	for {
