@@ -117,8 +117,9 @@ func (o *ApplyOptions) validate() error {
 // The stream may be compressed (gzip, zstd, bzip2, xz). The order of entries
 // does not matter: an opaque mark or a whiteout concerns what was in dir or in
 // opts.Lowers before, wherever it stands in the stream, and a hard link may
-// come before its target. Of several entries with one name the last one wins;
-// a directory keeps what is in it. Directories that the stream implies without
+// come before its target. (Only a path that goes through a symbolic link means
+// what the link is when the entry is met.) Of several entries with one name the
+// last one wins; a directory keeps what is in it. Directories that the stream implies without
 // having them get mode 0755 and the container's root as owner, if they are not
 // there already. What follows the end mark of the archive is read, too, so
 // that the digest is that of the whole stream. opts may be nil.
@@ -160,10 +161,11 @@ func Apply(ctx context.Context, dir string, r io.Reader, opts *ApplyOptions) (la
 	return res, nil
 }
 
-// entryError adds the name of an entry to an error, unless it has one.
+// entryError adds the name of an entry to an error, unless it has one or is
+// not about the entry at all.
 func entryError(name string, err error) error {
 	var e *EntryError
-	if err == nil || name == "" || errors.As(err, &e) ||
+	if err == nil || errors.As(err, &e) ||
 		errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded) {
 		return err
 	}

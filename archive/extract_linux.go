@@ -159,30 +159,13 @@ func (x *extractor) run() error {
 		if err == nil {
 			err = x.add(h)
 		}
-		if err != nil {
+		if err != nil && (h != nil || x.p.named != "") {
 			return entryError(x.p.named, err)
 		}
+		if err != nil {
+			return err
+		}
 	}
-}
-
-// cleanName returns a name without leading slash, "." and "..", which cannot
-// lead out: a ".." at the root stays there.
-func cleanName(name string) string {
-	name = path.Clean(strings.TrimLeft(name, "/"))
-	if name == "." {
-		return ""
-	}
-	if name == ".." || strings.HasPrefix(name, "../") {
-		return path.Clean("/" + name)[1:]
-	}
-	return name
-}
-
-func splitName(name string) (dir, base string) {
-	if i := strings.LastIndexByte(name, '/'); i >= 0 {
-		return name[:i], name[i+1:]
-	}
-	return "", name
 }
 
 func (x *extractor) add(h *header) error {
@@ -391,9 +374,6 @@ func (x *extractor) implied() (*header, uint32, uint32, error) {
 	uid, gid, err := x.owner(h)
 	return h, uid, gid, err
 }
-
-// maxLinks is how many links one look-up follows, as in the kernel.
-const maxLinks = 40
 
 // lookup finds a directory, through links, without making anything. The result
 // is nil if it does not exist or is no directory.

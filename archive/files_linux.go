@@ -558,15 +558,6 @@ func recordDevice(h *header, uid, gid uint32) *header {
 	return &r
 }
 
-// checkDevice returns an error if the kernel cannot have such a device:
-// 12 bits of major and 20 of minor number, include/linux/kdev_t.h.
-func checkDevice(h *header) error {
-	if h.major > 1<<12-1 || h.minor > 1<<20-1 {
-		return malformed("device number %d:%d is out of range", h.major, h.minor)
-	}
-	return nil
-}
-
 // removeAll removes a name and, if it is a directory, all that is in it.
 // It never follows a link. It is no error if there is nothing.
 func removeAll(dir int, name string) error {

@@ -1,6 +1,11 @@
 package archive
 
-import "github.com/layerfs/layerfs/whiteout"
+import (
+	"path"
+	"strings"
+
+	"github.com/layerfs/layerfs/whiteout"
+)
 
 // Short names for what the whiteout package defines.
 const (
@@ -13,3 +18,38 @@ const (
 	// unpacked. It is a name no layer can have.
 	plinkTemp = whiteout.MetaPrefix + "layerfs-plnk"
 )
+
+// cleanName returns a name without leading slash, "." and "..", which cannot
+// lead out: a ".." at the root stays there.
+func cleanName(name string) string {
+	name = path.Clean(strings.TrimLeft(name, "/"))
+	if name == "." {
+		return ""
+	}
+	if name == ".." || strings.HasPrefix(name, "../") {
+		return path.Clean("/" + name)[1:]
+	}
+	return name
+}
+
+func splitName(name string) (dir, base string) {
+	if i := strings.LastIndexByte(name, '/'); i >= 0 {
+		return name[:i], name[i+1:]
+	}
+	return "", name
+}
+
+// maxLinks is how many links one look-up follows, as in the kernel.
+const maxLinks = 40
+
+// checkDevice returns an error if the kernel cannot have such a device:
+// 12 bits of major and 20 of minor number, include/linux/kdev_t.h.
+func checkDevice(h *header) error {
+	if h.major > 1<<12-1 || h.minor > 1<<20-1 {
+		return malformed("device number %d:%d is out of range", h.major, h.minor)
+	}
+	return nil
+}
+
+// maxLinkPasses bounds the work for links to links whose order is adverse.
+const maxLinkPasses = 100

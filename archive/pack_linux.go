@@ -3,7 +3,6 @@ package archive
 import (
 	"context"
 	"encoding/binary"
-	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -375,8 +374,6 @@ func (p *packer) encodeOpen(j *job, it *item, h *header, fd int) (err error) {
 	j.addPart(pt)
 	return nil
 }
-
-var errShrunk = errors.New("became shorter while it was read")
 
 // appendFile appends size bytes of a file and the padding.
 func appendFile(dst []byte, fd, size int) ([]byte, error) {

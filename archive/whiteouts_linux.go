@@ -1,11 +1,13 @@
 package archive
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io"
 	"os"
 	"path"
+	"slices"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -444,34 +446,53 @@ func (x *extractor) hideName(n *node, name string) error {
 }
 
 // makeLinks makes the hard links that wait. A target that does not exist may
-// still come; with final it is an error.
+// still come; with final it is an error. Links may have links as targets in any
+// order: as long as one could be made the others are tried again, from both
+// ends in turns, which does a chain in either order in two passes.
 func (x *extractor) makeLinks(final bool) error {
 	x.linking = true
 	defer func() { x.linking = false }()
-	from := x.linked
-	if final {
-		from = 0
+	if !final {
+		rest, err := x.tryLinks(x.links[x.linked:])
+		x.links = append(x.links[:x.linked], rest...)
+		x.linked = len(x.links)
+		return err
 	}
-	rest := x.links[:from]
-	for i, l := range x.links[from:] {
+	for pass := 0; len(x.links) > 0; pass++ {
+		before := len(x.links)
+		rest, err := x.tryLinks(x.links)
+		if err != nil {
+			return err
+		}
+		if len(rest) == before || pass == maxLinkPasses {
+			return entryError(rest[0].entry, errNoTarget)
+		}
+		slices.Reverse(rest)
+		x.links = rest
+	}
+	return nil
+}
+
+// tryLinks makes what can be made and returns the rest, in the same memory.
+func (x *extractor) tryLinks(links []pendingLink) (rest []pendingLink, err error) {
+	rest = links[:0]
+	for i, l := range links {
 		if i%64 == 0 && x.ctx.Err() != nil {
-			return x.ctx.Err()
+			return rest, context.Cause(x.ctx)
 		}
 		if l.dir.dead {
 			continue
 		}
 		err := x.makeLink(l)
-		if errors.Is(err, errNoTarget) && !final {
+		if errors.Is(err, errNoTarget) {
 			rest = append(rest, l)
 			continue
 		}
 		if err != nil {
-			return entryError(l.entry, err)
+			return rest, entryError(l.entry, err)
 		}
 	}
-	x.links = rest
-	x.linked = len(rest)
-	return nil
+	return rest, nil
 }
 
 var errNoTarget = malformed("target of the hard link does not exist: %w", unix.ENOENT)

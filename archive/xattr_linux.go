@@ -48,6 +48,9 @@ func readXattr(get func([]byte) (int, error)) (string, bool, error) {
 
 // listXattrs calls list with a growing buffer and returns the names.
 func listXattrs(buf []byte, list func([]byte) (int, error)) ([]string, error) {
+	if len(buf) == 0 {
+		buf = make([]byte, 512) // an empty one would ask for the size only
+	}
 	for {
 		n, err := ignoringEINTR(func() (int, error) { return list(buf) })
 		switch err {
