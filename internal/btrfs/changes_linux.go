@@ -27,6 +27,9 @@ import (
 // trees are walked. Content is compared only where the kernel says it was
 // written and every attribute is equal. It needs CAP_SYS_ADMIN. Both
 // snapshots must stay as they are, which their flag ensures.
+//
+// The error matches [ErrTooDeep], before anything is yielded, if a changed path
+// has more than about 4,000 bytes.
 func Changes(ctx context.Context, oldSnap, newSnap string) iter.Seq2[layerfs.Change, error] {
 	return func(yield func(layerfs.Change, error) bool) {
 		err := walkPlaces(ctx, oldSnap, newSnap, false, func(d *difference) error {
@@ -40,6 +43,10 @@ func Changes(ctx context.Context, oldSnap, newSnap string) iter.Seq2[layerfs.Cha
 		}
 	}
 }
+
+// ErrTooDeep says that the kernel cannot name a changed path in a send stream,
+// because it is longer than PATH_MAX. Only a walk can tell the changes then.
+var ErrTooDeep = errors.New("a changed path is too long for a send stream")
 
 var errStop = errors.New("stopped by the caller")
 
@@ -118,6 +125,9 @@ func deltaOf(ctx context.Context, oldSnap, newSnap string) (_ *Delta, err error)
 	defer func() {
 		if cerr := s.Close(); err == nil {
 			err = cerr
+		}
+		if errors.Is(err, unix.ENAMETOOLONG) {
+			err = fmt.Errorf("%w: %w", ErrTooDeep, err)
 		}
 	}()
 	r := bufio.NewReaderSize(s, 256<<10)

@@ -286,8 +286,15 @@ func (rc *receiver) entry(c *Command, dir int, name string) error {
 		}
 		return unix.Fchownat(dir, name, int(uid), int(gid), unix.AT_SYMLINK_NOFOLLOW)
 	case OpUtimes:
-		at, mt := c.Time(AttrAtime), c.Time(AttrMtime)
-		ts := []unix.Timespec{{Sec: at.Unix(), Nsec: int64(at.Nanosecond())}, {Sec: mt.Unix(), Nsec: int64(mt.Nanosecond())}}
+		at, err := unix.TimeToTimespec(c.Time(AttrAtime))
+		if err != nil {
+			return err
+		}
+		mt, err := unix.TimeToTimespec(c.Time(AttrMtime))
+		if err != nil {
+			return err
+		}
+		ts := []unix.Timespec{at, mt}
 		if c.Str(AttrPath) == "" {
 			rc.times = ts
 		}
