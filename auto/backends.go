@@ -1,0 +1,83 @@
+package auto
+
+import (
+	"log/slog"
+	"path/filepath"
+
+	"github.com/layerfs/layerfs"
+	"github.com/layerfs/layerfs/overlay"
+	"github.com/layerfs/layerfs/vfs"
+)
+
+// backend is what has to be known of a driver before it is opened.
+type backend struct {
+	name string
+	// open opens the layers below a root.
+	open func(root string, o *Options) (layerfs.Driver, error)
+	// liveBase says that it comes first if a live base is wanted.
+	liveBase bool
+	// never has, by field of layerfs.Features, why the mechanism itself lacks
+	// an ability. It is used where the driver gives no reason.
+	never map[string]string
+}
+
+// home is the directory of a backend's layers.
+func (b *backend) home(root string) string { return filepath.Join(root, b.name) }
+
+// backends lists the backends in the default order of choice. The order is
+// Docker's, with the unions that share the page cache first.
+func backends() []backend {
+	return []backend{
+		{
+			name: "overlay",
+			open: func(root string, o *Options) (layerfs.Driver, error) {
+				opts := copied(o.Overlay)
+				common(o, &opts.Durability, &opts.Logger)
+				return opened(overlay.New(root, opts))
+			},
+		},
+		{
+			name: "vfs",
+			open: func(root string, o *Options) (layerfs.Driver, error) {
+				opts := copied(o.VFS)
+				common(o, &opts.Durability, &opts.Logger)
+				return opened(vfs.New(root, opts))
+			},
+			never: map[string]string{
+				"ConstantCreate":  "a new layer is a full copy of its parent",
+				"SharedPageCache": "each layer has files of its own",
+				"NativeChanges":   "there is nothing but two full trees to compare",
+				"NativeDiff":      "there is nothing but two full trees to compare",
+				"LiveBase":        "a layer is a copy, which does not follow its parent",
+			},
+		},
+	}
+}
+
+// copied returns a copy of options that may be nil.
+func copied[O any](o *O) *O {
+	c := new(O)
+	if o != nil {
+		*c = *o
+	}
+	return c
+}
+
+// common fills in what the options of the backend leave open.
+func common(o *Options, durability *layerfs.Durability, logger **slog.Logger) {
+	if *durability == layerfs.DurabilityDefault {
+		*durability = o.Durability
+	}
+	if *logger == nil {
+		*logger = o.Logger
+	}
+}
+
+// opened makes a driver of the result of a New. A nil pointer in an interface
+// would not be nil.
+func opened[D layerfs.Driver](d D, err error) (layerfs.Driver, error) {
+	if err != nil {
+		return nil, err
+	}
+	return d, nil
+}

@@ -1,0 +1,134 @@
+package auto
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+
+	"github.com/layerfs/layerfs"
+)
+
+// Report is what [Probe] found of one driver.
+type Report struct {
+	Driver   string
+	Err      error            // why the driver does not work below the root; nil if it does
+	Features layerfs.Features // what it can do, if Err is nil
+
+	never map[string]string
+}
+
+// Ability is one row of a [Report]: a field of [layerfs.Features].
+type Ability struct {
+	Name   string // of the field
+	Have   bool
+	Reason string // why not; empty if Have
+}
+
+// Abilities lists every ability in the order of [layerfs.Features], each with
+// a reason if it is missing. A driver that does not work has none.
+func (r *Report) Abilities() []Ability {
+	f := &r.Features
+	list := []Ability{
+		{Name: "ConstantCreate", Have: f.ConstantCreate},
+		{Name: "SharedPageCache", Have: f.SharedPageCache},
+		{Name: "ReadOnlyViews", Have: f.ReadOnlyViews},
+		{Name: "NativeChanges", Have: f.NativeChanges},
+		{Name: "NativeDiff", Have: f.NativeDiff},
+		{Name: "Quota", Have: f.Quota},
+		{Name: "InodeQuota", Have: f.InodeQuota},
+		{Name: "IDMap", Have: f.IDMap},
+		{Name: "Rename", Have: f.Rename},
+		{Name: "LiveBase", Have: f.LiveBase},
+		{Name: "AllXattrs", Have: f.AllXattrs},
+		{Name: "DeviceNodes", Have: f.DeviceNodes},
+	}
+	for i := range list {
+		a := &list[i]
+		if r.Err != nil {
+			a.Have, a.Reason = false, r.Err.Error()
+		} else if !a.Have {
+			a.Reason = r.reason(a.Name)
+		}
+	}
+	return list
+}
+
+func (r *Report) reason(name string) string {
+	for _, s := range []string{r.Features.Reasons[name], r.never[name]} {
+		if s != "" {
+			return s
+		}
+	}
+	return r.Driver + " has no way to do it"
+}
+
+// Probe opens every driver with default options in a temporary directory
+// below root, asks it what it can do, and removes the directory. If root does
+// not exist, the nearest parent that does takes its place; neither it nor
+// anything in it is changed. The reports are in the default order of choice.
+//
+// A driver that does not work is a report; the error is for a directory that
+// cannot be written and for ctx. Whoever wants to know about certain options
+// has to open the driver with them.
+func Probe(ctx context.Context, root string) ([]Report, error) {
+	return probe(ctx, backends(), root)
+}
+
+func probe(ctx context.Context, all []backend, root string) (_ []Report, err error) {
+	defer func() {
+		if err != nil {
+			err = &layerfs.Error{Op: "probe", Driver: "auto", Path: root, Err: err}
+		}
+	}()
+	at, err := existing(root)
+	if err != nil {
+		return nil, err
+	}
+	temp, err := os.MkdirTemp(at, ".layerfs-probe-")
+	if err != nil {
+		return nil, err
+	}
+	defer func() { err = errors.Join(err, os.RemoveAll(temp)) }()
+	reports := make([]Report, 0, len(all))
+	for _, b := range all {
+		if err := context.Cause(ctx); err != nil {
+			return nil, err
+		}
+		r := Report{Driver: b.name, never: b.never}
+		d, err := b.open(temp, new(Options))
+		if err == nil {
+			r.Features = d.Features()
+			err = d.Close()
+		}
+		r.Err = err
+		reports = append(reports, r)
+	}
+	return reports, nil
+}
+
+// existing returns root or its nearest parent that is there.
+func existing(root string) (string, error) {
+	path, err := filepath.Abs(root)
+	if err != nil {
+		return "", err
+	}
+	for {
+		fi, err := os.Stat(path)
+		switch {
+		case err == nil && fi.IsDir():
+			return path, nil
+		case err == nil:
+			return "", fmt.Errorf("%s is no directory", path)
+		case !errors.Is(err, fs.ErrNotExist):
+			return "", err
+		}
+		up := filepath.Dir(path)
+		if up == path {
+			return "", err
+		}
+		path = up
+	}
+}
