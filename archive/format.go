@@ -197,11 +197,12 @@ func octal(b []byte, n int64) {
 }
 
 // appendMap appends the map of holes of pax sparse format 1.0, padded to whole
-// blocks. A map without extents has one of length 0, as GNU tar writes it.
+// blocks. A hole at the end is followed by an extent of length 0: GNU tar takes
+// the end of the last extent for the size of the file.
 func appendMap(dst []byte, extents []extent, size int64) []byte {
 	start := len(dst)
-	if len(extents) == 0 {
-		extents = []extent{{size, 0}}
+	if n := len(extents); n == 0 || extents[n-1].off+extents[n-1].len < size {
+		extents = append(extents[:n:n], extent{size, 0})
 	}
 	dst = strconv.AppendInt(dst, int64(len(extents)), 10)
 	for _, e := range extents {
