@@ -19,11 +19,17 @@ func (d *Driver) Remove(ctx context.Context, id string) (err error) {
 	}
 	defer unlock()
 	rec, err := d.dir.Load(id)
+	if errors.Is(err, layerfs.ErrNotExist) {
+		return d.removeAgain(ctx, id)
+	}
 	if err != nil {
-		if !errors.Is(err, layerfs.ErrNotExist) {
+		// What a power failure made unreadable must not stay for ever. The
+		// storage is found by the id, and a marker with the parent by its lack
+		// of a record.
+		rec = &Record{ID: id, Incomplete: err.Error()}
+		if err := d.dir.Save(rec); err != nil {
 			return err
 		}
-		return d.removeAgain(ctx, id)
 	}
 	if err := d.childless(id); err != nil {
 		return err
