@@ -1,0 +1,6 @@
+//go:build race
+
+package drivertest
+
+// raceEnabled tells that times mean nothing.
+const raceEnabled = true
