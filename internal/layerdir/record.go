@@ -21,6 +21,7 @@ type Record struct {
 	ReadOnly   bool              `json:"read_only,omitempty"`
 	Sealed     bool              `json:"sealed,omitempty"`     // a read-only layer that has had its Apply
 	Incomplete string            `json:"incomplete,omitempty"` // what did not finish
+	Copied     Moment            `json:"copied,omitzero"`      // when the tree was the parent's; zero for clones
 	Labels     map[string]string `json:"labels,omitempty"`
 	MountLabel string            `json:"mount_label,omitempty"`
 	Quota      layerfs.Quota     `json:"quota,omitzero"`

@@ -1,0 +1,7 @@
+//go:build !linux
+
+package layerdir
+
+import "time"
+
+func uptime() (time.Duration, bool) { return 0, false }
