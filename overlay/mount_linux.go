@@ -90,12 +90,7 @@ func (m *mechanism) Mount(ctx context.Context, chain lifecycle.Chain, mode lifec
 		return m.runProgram(ctx, plan, m.Path(id))
 	}
 	if mode.IDMap != nil {
-		files, err := mapped(append([]string{plan.Upper}, plan.Lowers...), mode.IDMap)
-		if err != nil {
-			return err
-		}
-		defer closeAll(files)
-		plan.Files = files
+		return m.mountMapped(plan, id, mode.IDMap)
 	}
 	return plan.Mount(m.Path(id))
 }
@@ -129,42 +124,6 @@ func bindMethod(m mount.Method) mount.Method {
 		return mount.Classic
 	}
 	return m
-}
-
-// mapped opens the layers with their owners mapped. The descriptors of
-// detached trees are layers themselves (Linux 6.15).
-func mapped(dirs []string, m *layerfs.IDMap) (_ map[string]*os.File, err error) {
-	ns, err := mount.UserNamespace(m)
-	if err != nil {
-		return nil, err
-	}
-	defer ns.Close()
-	files := make(map[string]*os.File)
-	defer func() {
-		if err != nil {
-			closeAll(files)
-		}
-	}()
-	for _, d := range dirs {
-		if d == "" {
-			continue
-		}
-		f, err := mount.OpenTreeIn(d, ns)
-		if err != nil {
-			return nil, err
-		}
-		files[d] = f
-	}
-	if len(files) == 0 {
-		return nil, errors.New("[bug] no layers to map")
-	}
-	return files, nil
-}
-
-func closeAll(files map[string]*os.File) {
-	for _, f := range files {
-		f.Close()
-	}
 }
 
 // prepareWork makes a layer ready to be mounted for writing. The mark that the

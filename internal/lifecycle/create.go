@@ -17,7 +17,13 @@ func (d *Driver) Create(ctx context.Context, id, parent string, opts *layerfs.Cr
 		opts = new(layerfs.CreateOptions)
 	}
 	return create(ctx, d, id, parent, opts, func(rec *Record, chain Chain) error {
-		return d.m.Create(ctx, rec, chain, opts)
+		if err := d.m.Create(ctx, rec, chain, opts); err != nil {
+			return err
+		}
+		if parent != "" {
+			rec.Copied = layerdir.Now()
+		}
+		return nil
 	})
 }
 

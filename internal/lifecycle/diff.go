@@ -11,7 +11,6 @@ import (
 
 	"github.com/layerfs/layerfs"
 	"github.com/layerfs/layerfs/archive"
-	"github.com/layerfs/layerfs/internal/tree"
 )
 
 // Changes yields what a layer changes against an ancestor.
@@ -103,11 +102,14 @@ func (d *Driver) compare(ctx context.Context, chain Chain, base int, progress la
 		return err
 	}
 	defer func() { err = errors.Join(err, older.Release()) }()
-	list, err := tree.Changes(older.Path, newer.Path)
-	if err != nil {
-		return err
+	opts := &archive.CompareOptions{Progress: progress}
+	if base == 1 {
+		opts.Since = chain.Layer().Copied.Reliable()
 	}
-	for _, c := range list {
+	for c, err := range archive.Compare(ctx, older.Path, newer.Path, opts) {
+		if err != nil {
+			return err
+		}
 		if base == len(chain) && c.Path == "/" {
 			continue // the directory that stands for the empty tree is none of the layer's
 		}
