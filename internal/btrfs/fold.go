@@ -197,6 +197,9 @@ func (d *Delta) bind(path string, n *node) error {
 	if err != nil {
 		return err
 	}
+	if e.node != nil {
+		e.node.touched = true
+	}
 	e.node, e.event = n, true
 	return nil
 }
@@ -275,12 +278,7 @@ func (d *Delta) paths() (places []string, touched []touch) {
 		if !n.inOld {
 			continue
 		}
-		for name, e := range n.children {
-			if e.event {
-				places = append(places, join(n.oldPath, name))
-			}
-		}
-		if n.touched {
+		if n.touched { // also if it is gone
 			places = append(places, n.oldPath)
 			if _, ok := index[n]; !ok {
 				touched = append(touched, touch{n: n})
