@@ -450,3 +450,31 @@ func TestSend(t *testing.T) {
 	_, err = OpenSend(t.Context(), a, nil)
 	require.ErrorContains(t, err, "not read-only")
 }
+
+// A file system without room: what cannot be made is not there afterwards, and
+// removal still works.
+func TestFull(t *testing.T) {
+	mnt := mountBtrfs(t, 128)
+	a := mnt + "/a"
+	check(t, Create(a))
+	require.ErrorIs(t, fill(a+"/big", 256<<20), unix.ENOSPC)
+	var made []string
+	var err error
+	for i := 0; err == nil && i < 5000; i++ {
+		p := filepath.Join(mnt, "s"+strings.Repeat("x", i%200)+string(rune('a'+i/200)))
+		if err = Snapshot(p, a, i%2 == 0); err == nil {
+			made = append(made, p)
+		} else {
+			require.NoDirExists(t, p)
+		}
+	}
+	if err != nil {
+		require.ErrorIs(t, err, unix.ENOSPC)
+	}
+	t.Logf("%d snapshots in a full file system, then %v", len(made), err)
+	for _, p := range made {
+		check(t, Destroy(p))
+	}
+	check(t, Destroy(a))
+	check(t, Sync(mnt))
+}
