@@ -8,6 +8,7 @@ require (
 	github.com/klauspost/compress v1.20.3
 	github.com/layerfs/layerfs v0.0.0
 	github.com/moby/go-archive v0.3.3
+	github.com/stretchr/testify v1.12.1
 	go.podman.io/storage v1.65.0
 	golang.org/x/sys v0.49.0
 )
@@ -51,6 +52,7 @@ require (
 	go.opentelemetry.io/otel/metric v1.46.0 // indirect
 	go.opentelemetry.io/otel/sdk v1.46.0 // indirect
 	go.opentelemetry.io/otel/trace v1.46.0 // indirect
+	go.yaml.in/yaml/v3 v3.0.5 // indirect
 	golang.org/x/sync v0.24.0 // indirect
 	google.golang.org/protobuf v1.36.12 // indirect
 )

@@ -48,13 +48,14 @@ type job struct {
 	Old  string // tree it is compared with
 	N    int    // number of containers
 	Ext4 bool   // life cycle on ext4 instead of Dir's file system
+
+	Since time.Time // when Tree was an exact copy of Old
 }
 
 // result is what a measurement's process prints.
 type result struct {
 	Seconds float64
 	Peak    int64 // bytes; 0 if another program did the work
-	Note    string
 }
 
 func run(ctx context.Context, args []string, w io.Writer) error {
@@ -93,6 +94,7 @@ func run(ctx context.Context, args []string, w io.Writer) error {
 	if err := printHost(w, *rounds, layers); err != nil {
 		return err
 	}
+	measured := map[string][]row{}
 	for _, t := range tasks {
 		rows, err := b.run(ctx, t)
 		if err != nil {
@@ -101,8 +103,9 @@ func run(ctx context.Context, args []string, w io.Writer) error {
 		if err := printTask(w, t, rows); err != nil {
 			return err
 		}
+		measured[t.name] = rows
 	}
-	return nil
+	return printGoals(w, measured)
 }
 
 // measure is the process of one measurement.
@@ -115,7 +118,6 @@ func measure(ctx context.Context, text string, w io.Writer) error {
 	if !ok {
 		return fmt.Errorf("no contestant %s for %s", j.Who, j.Kind)
 	}
-	// Setting up must not raise the peak that is reported.
 	spent, err := f(ctx, &j)
 	if err != nil {
 		return err
@@ -166,6 +168,13 @@ type bench struct {
 	layers []fixture.Layer
 }
 
+// Names of tasks that goals refer to.
+const (
+	taskChanges   = "changes of two copies of small, 1 changed"
+	taskLifeTmpfs = "life cycle of a container, tmpfs, durability none"
+	taskLifeExt4  = "life cycle of a container, ext4, durability metadata"
+)
+
 // tasks lists the tables and makes the trees that they read.
 func (b *bench) tasks(ctx context.Context, match *regexp.Regexp) ([]task, error) {
 	var tasks []task
@@ -209,7 +218,7 @@ func (b *bench) tasks(ctx context.Context, match *regexp.Regexp) ([]task, error)
 		}
 	}
 	small := b.layers[2]
-	if err := add("changes of two copies of small, 1 changed", "s", job{Kind: "changes"}, func(j *job) error {
+	if err := add(taskChanges, "s", job{Kind: "changes"}, func(j *job) error {
 		var err error
 		if j.Old, err = b.extract(ctx, small.Name, small.Tar); err != nil {
 			return err
@@ -218,21 +227,22 @@ func (b *bench) tasks(ctx context.Context, match *regexp.Regexp) ([]task, error)
 		if err := command(ctx, "cp", "-a", j.Old, j.Tree); err != nil {
 			return err
 		}
+		j.Since = time.Now()
 		return changeOne(j.Tree)
 	}); err != nil {
 		return nil, err
 	}
 	for _, ext4 := range []bool{false, true} {
-		name := "life cycle of a container, tmpfs, durability none"
+		name := taskLifeTmpfs
 		if ext4 {
-			name = "life cycle of a container, ext4, durability metadata"
+			name = taskLifeExt4
 		}
 		if err := add(name, "µs", job{Kind: "lifecycle", N: 300, Ext4: ext4}, nil); err != nil {
 			return nil, err
 		}
 	}
 	for _, l := range b.layers {
-		if err := add("full copy "+l.Name, "s", job{Kind: "copy"}, tree(l)); err != nil {
+		if err := add("full copy "+l.Name, "s", job{Kind: "copy", Tar: l.Tar}, tree(l)); err != nil {
 			return nil, err
 		}
 	}
@@ -274,11 +284,15 @@ func (b *bench) run(ctx context.Context, t task) ([]row, error) {
 	if err != nil {
 		return nil, err
 	}
+	info, err := os.Stderr.Stat()
+	progress := err == nil && info.Mode()&os.ModeCharDevice != 0
 	results := map[string][]result{}
 	for round := range b.rounds {
 		for i := range t.who {
 			who := t.who[(i+round)%len(t.who)]
-			fmt.Fprintf(os.Stderr, "\r\033[K%s: round %d of %d: %s", t.name, round+1, b.rounds, who)
+			if progress {
+				fmt.Fprintf(os.Stderr, "\r\033[K%s: round %d of %d: %s", t.name, round+1, b.rounds, who)
+			}
 			r, err := b.one(ctx, self, t.job, who)
 			if err != nil {
 				return nil, fmt.Errorf("%s: %w", who, err)
@@ -286,7 +300,9 @@ func (b *bench) run(ctx context.Context, t task) ([]row, error) {
 			results[who] = append(results[who], r)
 		}
 	}
-	fmt.Fprint(os.Stderr, "\r\033[K")
+	if progress {
+		fmt.Fprint(os.Stderr, "\r\033[K")
+	}
 	var rows []row
 	for who, rs := range results {
 		slices.SortFunc(rs, func(a, b result) int { return cmp.Compare(a.Seconds, b.Seconds) })

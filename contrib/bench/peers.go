@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -78,7 +79,8 @@ func contestants() map[string]map[string]contestant {
 		gnu:        applyTar,
 		unpack:     decompress,
 	}
-	all["apply.gz"], all["apply.zst"] = compressed, compressed
+	all["apply.gz"], all["apply.zst"] = compressed, maps.Clone(compressed)
+	addOurs(all)
 	return all
 }
 
