@@ -20,8 +20,8 @@ const (
 	// the cache of the processor when it is hashed and written.
 	chunkSize = 256 << 10
 
-	// maxChunks limits the memory of one Apply to 16 MiB of chunks.
-	maxChunks = 64
+	// maxChunks limits the memory of one Apply to 8 MiB of chunks.
+	maxChunks = 32
 )
 
 // chunk is a piece of the stream. It is shared by the digest, the parser and
