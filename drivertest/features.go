@@ -167,7 +167,7 @@ func fastest(runs int, fn func(i int) error) (time.Duration, error) {
 // one of few. The trees differ by a factor of a thousand, the answer is drawn
 // at one of four, so that neither a busy machine nor fixed costs confuse it.
 func (e *env) scales(claim string, constant bool, fn func(id string, i int) error) error {
-	const files = 4000
+	const files = 3000
 	var steps []string
 	for i := range files {
 		steps = append(steps, fmt.Sprintf("file d%02d/f%04d %d", i%40, i, i))
@@ -177,7 +177,7 @@ func (e *env) scales(claim string, constant bool, fn func(id string, i int) erro
 	}
 	var times []time.Duration
 	for _, id := range []string{"small", "large"} {
-		t, err := fastest(7, func(i int) error { return fn(id, i) })
+		t, err := fastest(4, func(i int) error { return fn(id, i) })
 		if err != nil {
 			return err
 		}

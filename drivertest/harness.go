@@ -107,7 +107,16 @@ func (h Harness) runCase(t *testing.T, c testCase) {
 		t.Skip("compares times")
 	}
 	e := newEnv(t, h)
+	finished := false
+	t.Cleanup(func() { // a case or a harness may have ended the test
+		if !finished {
+			if err := e.finish(); err != nil {
+				t.Error(err)
+			}
+		}
+	})
 	err := c.run(e)
+	finished = true
 	if cerr := e.finish(); err == nil {
 		err = cerr
 	}

@@ -357,7 +357,7 @@ func churnForever(ctx context.Context, d layerfs.Driver, seed string, out io.Wri
 		if err := d.Create(ctx, id, parent, nil); err != nil {
 			return err
 		}
-		if _, err := d.Apply(ctx, id, bytes.NewReader(churnTar(id)), nil); err != nil {
+		if _, err := d.Apply(ctx, id, bytes.NewReader(churnTar(id)), ownFiles()); err != nil {
 			return err
 		}
 		if _, err := d.Get(ctx, id, nil); err != nil {

@@ -22,6 +22,10 @@ func linuxTreeCases() []testCase {
 			"chown opt 0:0\nchown opt/a 4294967294:65534\nchown s 7:8",
 			"chown opt/a 1:2\nchown caps 0:0",
 			"chown . 10:11")},
+		{name: "UnreadableFiles", needs: needRoot, run: history(
+			"file f 1\nchmod f 0\nfile d/g 2\nchmod d 0",
+			"append f more\nfile d/h 3",
+			"rm d/g\nchmod f 0111")},
 		{name: "Xattrs", needs: needRoot, run: history(
 			"file f 1\nxattr f user.a one\nxattr f user.empty \"\"\nxattr f user.bin 0x00ff0a3d00\nxattr f trusted.t two\nxattr f security.layerfs three\n"+
 				"dir d\nxattr d user.d four\nsymlink s f\nxattr s trusted.link five\nxattr . user.root six",
@@ -47,7 +51,7 @@ func linuxTreeCases() []testCase {
 			"rename ping pong",
 			"file pong 2")},
 		{name: "Specials", needs: needRoot, run: history(
-			"char null 1 3 0666\nblock loop 7 200 0600\nchar big 4095 1048575\nfifo p 0622\ndir dev\nchar dev/zero 1 5",
+			"char null 1 3 0666\nblock loop 7 200 0600\nchar big 4095 262143\nfifo p 0622\ndir dev\nchar dev/zero 1 5",
 			"rm null\nfile null now-a-file\nchmod p 0600\nchown dev/zero 1:1",
 			"rm loop\nchar loop 1 3\nrm null\nblock null 1 3\nmtime p 77")},
 		{name: "Fifos", run: history("fifo p 0622\nfile d/f", "chmod p 0600\nfifo d/q", "rm p\nfile p 1")},

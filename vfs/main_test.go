@@ -3,6 +3,7 @@ package vfs_test
 import (
 	"os"
 	"path/filepath"
+	"strconv"
 	"testing"
 
 	"github.com/layerfs/layerfs"
@@ -12,21 +13,35 @@ import (
 )
 
 func TestMain(m *testing.M) {
-	drivertest.Child(harness())
+	drivertest.Child(harness(), noReflink(), durable())
 	os.Exit(testenv.Main(m))
 }
 
 // harness opens vfs without syncing: the suite makes thousands of layers, and
 // what a crash of the machine leaves is not what it tests.
 func harness() drivertest.Harness {
+	return withOptions("vfs", &vfs.Options{Durability: layerfs.DurabilityNone})
+}
+
+func noReflink() drivertest.Harness {
+	return withOptions("vfs-no-reflink", &vfs.Options{Durability: layerfs.DurabilityNone, NoReflink: true, Workers: 1})
+}
+
+func durable() drivertest.Harness {
+	return withOptions("vfs-full", &vfs.Options{Durability: layerfs.DurabilityFull})
+}
+
+func withOptions(name string, opts *vfs.Options) drivertest.Harness {
 	return drivertest.Harness{
-		Name: "vfs",
-		New: func(root string) (layerfs.Driver, error) {
-			return vfs.New(root, &vfs.Options{Durability: layerfs.DurabilityNone})
+		Name: name,
+		New:  func(root string) (layerfs.Driver, error) { return vfs.New(root, opts) },
+		Home: func(root string) string { return filepath.Join(root, "vfs") },
+		Small: func(tb testing.TB, bytes int64) string {
+			tb.Helper()
+			return testenv.Tmpfs(tb, "size="+strconv.FormatInt(bytes, 10))
 		},
 		Deviates: map[string]string{
 			"DeleteLongNames": "package archive writes no whiteouts with names of more than 255 bytes",
 		},
-		Home: func(root string) string { return filepath.Join(root, "vfs") },
 	}
 }
