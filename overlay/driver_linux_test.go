@@ -17,8 +17,6 @@ import (
 	"github.com/layerfs/layerfs/internal/tree"
 )
 
-func TestMain(m *testing.M) { os.Exit(testenv.Main(m)) }
-
 func mustNew(t testing.TB, root string, opts *Options) *Driver {
 	t.Helper()
 	testenv.RequireRoot(t)

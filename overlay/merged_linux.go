@@ -326,63 +326,65 @@ func (l *lookup) follow(from int) {
 	target := strings.TrimPrefix(l.redirected, "/")
 	l.redirected = ""
 	for i := from; i < len(l.m.roots) && !l.stop && l.err == nil; i++ {
-		l.layer(i, target)
+		target = l.layer(i, target)
 		if l.redirected != "" {
-			l.follow(i + 1)
-			return
-		}
-		if base := path.Base(target); l.name != base && l.found != nil {
-			target = path.Join(path.Dir(target), l.name)
+			target = strings.TrimPrefix(l.redirected, "/")
+			l.redirected = ""
 		}
 	}
 	l.stop = true // all layers have been asked
 }
 
-// layer looks a path up in one layer.
-func (l *lookup) layer(i int, target string) {
+// layer looks a path up in one layer and returns the path that it has in the
+// layers below: a directory on the way may be redirected, too.
+func (l *lookup) layer(i int, target string) (below string) {
 	dir := l.m.roots[i]
 	parts := strings.Split(target, "/")
-	opened := []*os.File{}
+	var opened []*os.File
 	defer func() {
 		for _, f := range opened {
 			f.Close()
 		}
 	}()
-	ends := false
 	for n, part := range parts {
+		rest := path.Join(parts[n:]...)
 		var st unix.Stat_t
 		err := unix.Fstatat(int(dir.Fd()), part, &st, unix.AT_SYMLINK_NOFOLLOW)
 		if errors.Is(err, unix.ENOENT) {
-			break
+			return path.Join(below, rest)
 		}
 		if err != nil {
 			l.err = &os.PathError{Op: "fstatat", Path: path.Join(dir.Name(), part), Err: err}
-			return
+			return ""
 		}
 		if n == len(parts)-1 {
 			l.name = part
 			l.step(dir, part, st, place{i, target})
-			break
+			return path.Join(below, l.name)
 		}
-		if st.Mode&unix.S_IFMT != unix.S_IFDIR {
-			ends = true
-			break
+		if st.Mode&unix.S_IFMT != unix.S_IFDIR { // a whiteout, or it hides what is below
+			l.stop = true
+			return ""
 		}
-		opaque, _, err := l.m.attr(dir, part, "opaque")
-		if err != nil {
-			l.err = err
-			return
+		through := lookup{m: l.m, name: part}
+		through.directory(dir, part, st, place{i, part})
+		if through.err != nil {
+			l.err = through.err
+			return ""
 		}
-		ends = ends || opaque == "y"
+		l.stop = l.stop || through.stop // opaque: this layer is the last, but still counts
+		if below = path.Join(below, through.name); through.redirected != "" {
+			below = strings.TrimPrefix(through.redirected, "/")
+		}
 		fd, err := openat(int(dir.Fd()), part, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW)
 		if err != nil {
 			l.err = &os.PathError{Op: "openat", Path: path.Join(dir.Name(), part), Err: err}
-			return
+			return ""
 		}
 		dir = os.NewFile(uintptr(fd), path.Join(dir.Name(), part))
 		opened = append(opened, dir)
 	}
-	l.stop = l.stop || ends
+	return below
 }
 
 // xattrWhiteout reports whether an empty file is a whiteout by xattr. The

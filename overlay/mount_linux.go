@@ -156,7 +156,13 @@ func (m *mechanism) unmount(ctx context.Context, path string) error {
 	if m.opts.MountProgram != "" {
 		return unmountProgram(ctx, path)
 	}
-	return mount.Unmount(path)
+	// At once, so that the next mount of the layer finds it free (index=on
+	// makes that an error), and detached where somebody still works in it.
+	err := mount.UnmountNow(path)
+	if errors.Is(err, unix.EBUSY) {
+		return mount.Unmount(path)
+	}
+	return err
 }
 
 // State looks at a layer's path.
