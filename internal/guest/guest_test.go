@@ -271,7 +271,8 @@ func TestUnpackResults(t *testing.T) {
 }
 
 func TestOnce(t *testing.T) {
-	c, err := OpenCache(t.TempDir(), false, t.Logf)
+	dir := t.TempDir()
+	c, err := OpenCache(dir, false, t.Logf)
 	require.NoError(t, err)
 	unlock, err := c.Lock()
 	require.NoError(t, err)
@@ -292,6 +293,26 @@ func TestOnce(t *testing.T) {
 		require.NoFileExists(t, filepath.Join(dir, "half"))
 	}
 	require.Equal(t, 1, n)
+}
+
+func TestPrune(t *testing.T) {
+	dir := t.TempDir()
+	old := time.Now().Add(-25 * time.Hour)
+	for _, name := range []string{"run-old", "tmp-old", "run-new", "trees"} {
+		require.NoError(t, os.Mkdir(filepath.Join(dir, name), 0o755))
+		if name != "run-new" {
+			require.NoError(t, os.Chtimes(filepath.Join(dir, name), old, old))
+		}
+	}
+	_, err := OpenCache(dir, false, t.Logf)
+	require.NoError(t, err)
+	entries, err := os.ReadDir(dir)
+	require.NoError(t, err)
+	var names []string
+	for _, e := range entries {
+		names = append(names, e.Name())
+	}
+	require.Equal(t, []string{"debs", "run-new", "trees"}, names)
 }
 
 // TestGuest boots, so it runs only where LAYERFS_REQUIRE names it: it needs

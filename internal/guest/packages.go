@@ -48,7 +48,36 @@ func OpenCache(dir string, update bool, logf func(string, ...any)) (*Cache, erro
 	if update {
 		c.fresh = 0
 	}
-	return c, os.MkdirAll(filepath.Join(dir, "debs"), 0o755)
+	if err := os.MkdirAll(filepath.Join(dir, "debs"), 0o755); err != nil {
+		return nil, err
+	}
+	return c, c.prune()
+}
+
+// prune removes what runs that were killed have left. No run lasts a day.
+func (c *Cache) prune() error {
+	entries, err := os.ReadDir(c.dir)
+	if err != nil {
+		return err
+	}
+	for _, e := range entries {
+		if !strings.HasPrefix(e.Name(), "run-") && !strings.HasPrefix(e.Name(), "tmp-") {
+			continue
+		}
+		info, err := e.Info()
+		if errors.Is(err, fs.ErrNotExist) {
+			continue // another run has ended
+		}
+		if err != nil {
+			return err
+		}
+		if time.Since(info.ModTime()) > 24*time.Hour {
+			if err := os.RemoveAll(filepath.Join(c.dir, e.Name())); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
 }
 
 // Dir returns the absolute path of the cache.

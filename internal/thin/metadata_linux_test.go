@@ -32,7 +32,7 @@ func random(r *rand.Rand, n int, limit uint64) model {
 func TestAgainstThinRestore(t *testing.T) {
 	r := rand.New(rand.NewPCG(1, 2))
 	devices := map[uint32]model{
-		0: {}, 1: {0: 5}, 2: random(r, 1000, 1<<14), 3: random(r, 20000, 1<<20), 4: random(r, 900, 1<<14), maxDeviceID: random(r, 10, 1<<50),
+		0: {}, 1: {0: 5}, 2: random(r, 1000, 1<<14), 3: random(r, 5000, 1<<20), 4: random(r, 900, 1<<14), maxDeviceID: random(r, 10, 1<<50),
 	}
 	file, im := restore(t, devices)
 	m, err := Open(im, 0)
@@ -108,11 +108,12 @@ func snapshots(im *image, r *rand.Rand, base model, changes []int) []model {
 func TestDiffOfSnapshots(t *testing.T) {
 	r := rand.New(rand.NewPCG(3, 4))
 	base := model{}
-	for i := range uint64(30000) {
+	for i := range uint64(16200) {
 		base[i*2] = i
 	}
 	file, im := restore(t, map[uint32]model{1: {0: 0}})
-	models := snapshots(im, r, base, []int{0, 1, 100, 3000})
+	im.fanout = 90 // three levels, each node at least as full as thin_delta wants
+	models := snapshots(im, r, base, []int{0, 1, 1000})
 	require.NoError(t, os.WriteFile(file, im.data, 0o644))
 	dev, err := OpenDevice(file)
 	require.NoError(t, err)
