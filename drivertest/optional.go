@@ -139,8 +139,9 @@ func testMounts(e *env) error {
 		if err := e.tryMounts(list, id == "a", names); err != nil {
 			return fmt.Errorf("%s: mounts %+v: %w", id, list, err)
 		}
-		// Get beside it has to show the tree as well.
-		if err := e.holds(e.d, id, names...); err != nil {
+		// Two mounts of one layer would not be one file system.
+		_, err = e.d.Get(e.ctx, id, nil)
+		if err := want(err, "get", id, layerfs.ErrInUse); err != nil {
 			return fmt.Errorf("Get after Mounts: %w", err)
 		}
 		if err := e.d.Put(e.ctx, id); err != nil {
@@ -148,6 +149,9 @@ func testMounts(e *env) error {
 		}
 		if err := want(e.d.Put(e.ctx, id), "put", id, layerfs.ErrNotHeld); err != nil {
 			return err
+		}
+		if err := e.holds(e.d, id, names...); err != nil {
+			return fmt.Errorf("Get after Mounts and Put: %w", err)
 		}
 	}
 	_, err := layerfs.Mounts(e.ctx, e.d, "none", nil)

@@ -51,7 +51,7 @@ func linuxTreeCases() []testCase {
 			"rename ping pong",
 			"file pong 2")},
 		{name: "Specials", needs: needRoot, run: history(
-			"char null 1 3 0666\nblock loop 7 200 0600\nchar big 4095 262143\nfifo p 0622\ndir dev\nchar dev/zero 1 5",
+			"char null 1 3 0666\nblock loop 7 200 0600\nchar big 511 262143\nfifo p 0622\ndir dev\nchar dev/zero 1 5",
 			"rm null\nfile null now-a-file\nchmod p 0600\nchown dev/zero 1:1",
 			"rm loop\nchar loop 1 3\nrm null\nblock null 1 3\nmtime p 77")},
 		{name: "Fifos", run: history("fifo p 0622\nfile d/f", "chmod p 0600\nfifo d/q", "rm p\nfile p 1")},
