@@ -209,7 +209,7 @@ func (x *extractor) whiteout(dir, base string) error {
 	if n.hidden || x.form == Merged {
 		return nil
 	}
-	if len(x.lowers) > 0 && x.opts.DropWhiteouts {
+	if x.opts.DropWhiteouts {
 		e, _, err := x.lookupLower(n, base)
 		if e == nil || err != nil {
 			return err
