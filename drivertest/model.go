@@ -21,7 +21,7 @@ type compare struct {
 	noDirTimes   bool
 	noSockets    bool // tar cannot hold them
 	fewXattrs    bool // only user.* and security.*
-	holes        bool
+	linkCounts   bool // st_nlink, which a union may get wrong although the links are right
 }
 
 // stack is a stack of layers beside its model: for each layer the plain
@@ -309,9 +309,12 @@ func stampTime(rel string, layer int) time.Time {
 }
 
 // history makes a stack of layers with the given steps, and checks it.
-func history(layers ...string) caseFunc {
+func history(layers ...string) caseFunc { return historyWith(compare{}, layers...) }
+
+func historyWith(how compare, layers ...string) caseFunc {
 	return func(e *env) error {
 		s := e.newStack(e.d, "layer")
+		s.how = how
 		for _, text := range layers {
 			if err := s.add(lines(text)...); err != nil {
 				return err

@@ -89,6 +89,10 @@ func treeCases() []testCase {
 			"file a content\nlink b a\nlink d/c a\nfile e single",
 			"file x new\nlink y x\nlink d/z x",
 			"rm y\nfile f 1")},
+		{name: "HardLinkCounts", run: historyWith(compare{linkCounts: true},
+			"file a content\nlink b a\nlink d/c a\nfile e single",
+			"rm b",
+			"rm a\nlink f d/c")},
 		// The copy-up of one name must not tear it from the others.
 		{name: "HardLinkAcrossLayers", run: history(
 			"file a content\nlink b a\nlink c a",
@@ -208,8 +212,8 @@ func testDeleteLongNames(e *env) error {
 // testLongPaths: a path that tar has to put into a record of its own.
 func testLongPaths(e *env) error {
 	long := strings.TrimSuffix(strings.Repeat("0123456789/", 60), "/")
-	return history("file "+long+"/f 1\nlink "+long+"/g "+long+"/f\nsymlink l "+long,
-		"file "+long+"/f 2\nfile "+long+"/h 3", "rm "+long+"/f")(e)
+	return history("file "+long+"/f 1\nlink "+long+"/g "+long+"/f\nsymlink l "+long+"\nfile "+long+"/h 2",
+		"file "+long+"/h 3\nfile "+long+"/i 4", "rm "+long+"/f")(e)
 }
 
 // testManyFiles: a directory that does not fit the buffers of one call.
