@@ -154,7 +154,7 @@ func (fs *FS) setAttr(n *Node, r *ref, a *SetAttr) error {
 		}
 		err = unix.Ftruncate(fd, *a.Size)
 		if err == nil && a.KillPriv {
-			err = killPriv(fd)
+			err = KillPriv(fd)
 		}
 		unix.Close(fd)
 		if err != nil {
@@ -231,8 +231,8 @@ func (r *ref) utimes(ts []unix.Timespec) error {
 	return unix.UtimesNanoAt(r.fd, r.name, ts, unix.AT_SYMLINK_NOFOLLOW)
 }
 
-// killPriv strips suid, sgid of group-executable files, and capabilities.
-func killPriv(fd int) error {
+// KillPriv strips suid, sgid of group-executable files, and capabilities.
+func KillPriv(fd int) error {
 	var st unix.Stat_t
 	if err := unix.Fstat(fd, &st); err != nil {
 		return err

@@ -136,7 +136,7 @@ func (fs *FS) OpenFile(n *Node, flags int, kill bool) (*File, error) {
 			return nil, errno(err)
 		}
 		if kill {
-			if err := killPriv(fd); err != nil {
+			if err := KillPriv(fd); err != nil {
 				unix.Close(fd)
 				return nil, errno(err)
 			}
@@ -144,4 +144,31 @@ func (fs *FS) OpenFile(n *Node, flags int, kill bool) (*File, error) {
 		return fs.newFile(n, fd, r.br, write), nil
 	}
 	return nil, errno(err)
+}
+
+// SyncDir writes dir's instance on the writable branch to the disk; there is
+// nothing to write of the others.
+func (fs *FS) SyncDir(dir *Node) error {
+	fs.stackMu.RLock()
+	defer fs.stackMu.RUnlock()
+	for _, i := range dir.instList() {
+		if i.br.perm != RW {
+			continue
+		}
+		fd, err := i.pin()
+		if err != nil {
+			return errno(err)
+		}
+		d, err := unix.Openat(fd, ".", unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+		i.unpin()
+		if err != nil {
+			return errno(err)
+		}
+		err = unix.Fsync(d)
+		unix.Close(d)
+		if err != nil {
+			return errno(err)
+		}
+	}
+	return nil
 }

@@ -432,3 +432,14 @@ func (r *ref) open(flags int, want key) (int, error) {
 	}
 	return fd, nil
 }
+
+// ParentIno returns the inode number of a directory's parent; that of the root
+// is its own.
+func (n *Node) ParentIno() uint64 {
+	n.fs.tabMu.Lock()
+	defer n.fs.tabMu.Unlock()
+	if n.parent == nil {
+		return n.ino
+	}
+	return n.parent.ino
+}

@@ -1,0 +1,440 @@
+package fusesrv
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"log"
+	"log/slog"
+	"os"
+	"runtime"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/hanwen/go-fuse/v2/fuse"
+	"golang.org/x/sys/unix"
+
+	"github.com/layerfs/layerfs/internal/unionfs"
+	"github.com/layerfs/layerfs/internal/watch"
+)
+
+// UDBA is how direct changes of the branches are noticed.
+type UDBA int
+
+// The modes.
+const (
+	Notify UDBA = iota // inotify, long timeouts
+	None               // not at all
+	Reval              // timeouts of a second
+	Strict             // whatever is not on a writable branch is asked for each time
+)
+
+// Config is what Mount needs.
+type Config struct {
+	FS            *unionfs.FS
+	Target        string
+	UDBA          UDBA
+	Watch         *Watch // for Notify; what the FS was opened with
+	ReadOnly      bool
+	NoPassthrough bool
+	NoXattr       bool
+	Private       bool // only the mounting user may enter (no allow_other)
+	NoSuid, NoDev bool
+	NoExec        bool
+	Source        string // first field in mountinfo; "" = "union"
+	Logger        *slog.Logger
+}
+
+// Stats describe a mount.
+type Stats struct {
+	Requests    int64
+	Nodes       int
+	Handles     int
+	Backings    int
+	Passthrough bool
+	Invalidated int64
+	Lost        int64 // overflows of the event queue
+}
+
+// A Server serves one mount.
+type Server struct {
+	fuse.RawFileSystem
+	cfg Config
+	fs  *unionfs.FS
+	log *slog.Logger
+	ps  *fuse.ProtocolServer
+	f   *os.File
+	fd  int
+	raw interface {
+		Read(func(uintptr) bool) error
+	}
+	conn  uint32 // minor device number: the connection's name in fusectl
+	minor uint32 // of the protocol
+	flags uint64 // negotiated
+
+	maxWrite int
+	want     int32
+	readers  atomic.Int32
+	wg       sync.WaitGroup
+	done     chan struct{}
+
+	mu      sync.Mutex
+	ids     map[uint64]*inode
+	byNode  map[*unionfs.Node]*inode
+	nextID  uint64
+	handles map[uint64]*handle
+	nextFH  uint64
+	backed  []*inode // ring of inodes with a backing, for eviction
+	nBacked int
+
+	noPass atomic.Bool
+
+	qmu     sync.Mutex
+	queue   []watch.Event
+	lost    bool
+	qrun    bool
+	qwait   []chan struct{}
+	closing bool
+
+	requests, invalidated, lostCount atomic.Int64
+}
+
+const (
+	attrLong  = 365 * 24 * time.Hour
+	revalTime = time.Second
+	// slowAfter is how long a request may hold the reader before another
+	// one takes its place.
+	slowAfter = 2 * time.Millisecond
+	// maxBacked is how many files stay registered while nobody has them
+	// open, so that the next open costs neither an open nor an ioctl.
+	maxBacked = 4096
+)
+
+// Mount mounts and serves until Unmount, or an unmount by somebody else.
+func Mount(cfg Config) (*Server, error) {
+	s := &Server{
+		RawFileSystem: fuse.NewDefaultRawFileSystem(),
+		cfg:           cfg, fs: cfg.FS, log: cfg.Logger,
+		ids: map[uint64]*inode{}, byNode: map[*unionfs.Node]*inode{}, handles: map[uint64]*handle{},
+		nextID: fuse.FUSE_ROOT_ID, done: make(chan struct{}),
+	}
+	if s.log == nil {
+		s.log = slog.New(slog.DiscardHandler)
+	}
+	s.noPass.Store(cfg.NoPassthrough)
+	root := &inode{id: fuse.FUSE_ROOT_ID, n: s.fs.Root(), nlookup: 1}
+	s.ids[root.id], s.byNode[root.n] = root, root
+
+	s.maxWrite = 1 << 20
+	if !cfg.NoPassthrough {
+		s.maxWrite = 128 << 10
+	}
+	opts := &fuse.MountOptions{
+		MaxWrite:      s.maxWrite,
+		DisableXAttrs: cfg.NoXattr,
+		EnableAcl:     !cfg.NoXattr,
+		MaxStackDepth: 1 + s.fs.StackDepth(),
+		Name:          "layerfs",
+		Logger:        log.New(io.Discard, "", 0),
+		ExtraCapabilities: fuse.CAP_HANDLE_KILLPRIV_V2 | fuse.CAP_DONT_MASK | fuse.CAP_ATOMIC_O_TRUNC |
+			fuse.CAP_READDIRPLUS_AUTO | fuse.CAP_HAS_EXPIRE_ONLY | fuse.CAP_ASYNC_DIO |
+			fuse.CAP_SETXATTR_EXT | fuse.CAP_DIRECT_IO_ALLOW_MMAP,
+		PanicHandler: func(p any) fuse.Status {
+			s.log.Error("[bug] panic in a request", "panic", p, "stack", string(stack()))
+			return fuse.EIO
+		},
+	}
+	if cfg.UDBA == Notify || cfg.UDBA == None {
+		// The kernel keeps listings and link targets; notifications drop them.
+		opts.ExtraCapabilities |= fuse.CAP_NO_OPENDIR_SUPPORT
+		opts.EnableSymlinkCaching = true
+	}
+	if cfg.NoPassthrough {
+		opts.DisabledCapabilities |= fuse.CAP_PASSTHROUGH
+	}
+	s.ps = fuse.NewProtocolServer(s, opts)
+	if err := s.attach(); err != nil {
+		return nil, err
+	}
+	s.want = int32(min(max(runtime.NumCPU()/2, 1), 8))
+	if cfg.Watch != nil {
+		cfg.Watch.start(s)
+	}
+	// INIT comes first and alone; whoever uses the mount waits for it.
+	if err := s.handshake(); err != nil {
+		unix.Unmount(cfg.Target, unix.MNT_DETACH)
+		s.f.Close()
+		return nil, err
+	}
+	for range s.want {
+		s.addReader()
+	}
+	go func() {
+		s.wg.Wait()
+		s.finish()
+	}()
+	s.refusePoll()
+	return s, nil
+}
+
+// pollName is the file with which ProtocolServer lets the kernel ask for POLL.
+const pollName = "/.go-fuse-epoll-hack"
+
+// refusePoll makes the kernel learn that files here cannot be polled. Else it
+// would ask when a goroutine of this very process opens a file in the mount:
+// epoll_ctl(2) waits for the answer with the lock of the runtime's epoll
+// instance held, on which the readers wait for requests.
+func (s *Server) refusePoll() {
+	fd, err := unix.Open(s.cfg.Target+pollName, unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		s.log.Warn("open poll file", "err", err)
+		return
+	}
+	defer unix.Close(fd)
+	unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, 0)
+}
+
+func stack() []byte {
+	b := make([]byte, 32<<10)
+	return b[:runtime.Stack(b, false)]
+}
+
+// attach opens /dev/fuse and mounts.
+func (s *Server) attach() error {
+	fd, err := unix.Open("/dev/fuse", unix.O_RDWR|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)
+	if err != nil {
+		return &os.PathError{Op: "open", Path: "/dev/fuse", Err: err}
+	}
+	s.fd = fd
+	flags := uintptr(0)
+	for _, f := range []struct {
+		on  bool
+		bit uintptr
+	}{{s.cfg.ReadOnly, unix.MS_RDONLY}, {s.cfg.NoSuid, unix.MS_NOSUID}, {s.cfg.NoDev, unix.MS_NODEV}, {s.cfg.NoExec, unix.MS_NOEXEC}} {
+		if f.on {
+			flags |= f.bit
+		}
+	}
+	data := []string{
+		fmt.Sprintf("fd=%d", fd), "rootmode=40000", fmt.Sprintf("user_id=%d", os.Geteuid()), fmt.Sprintf("group_id=%d", os.Getegid()),
+		"default_permissions", fmt.Sprintf("max_read=%d", s.maxWrite),
+	}
+	if !s.cfg.Private {
+		data = append(data, "allow_other")
+	}
+	source := s.cfg.Source
+	if source == "" {
+		source = "union"
+	}
+	if err := unix.Mount(source, s.cfg.Target, "fuse.layerfs", flags, strings.Join(data, ",")); err != nil {
+		unix.Close(fd)
+		return &os.PathError{Op: "mount", Path: s.cfg.Target, Err: err}
+	}
+	// Not before: the poller would wait on a descriptor that has no
+	// connection yet, and never be woken (fuse_dev_poll).
+	s.f = os.NewFile(uintptr(fd), "/dev/fuse")
+	if s.raw, err = s.f.SyscallConn(); err != nil {
+		unix.Unmount(s.cfg.Target, unix.MNT_DETACH)
+		s.f.Close()
+		return err
+	}
+	return nil
+}
+
+// handshake serves the INIT request.
+func (s *Server) handshake() error {
+	b := newBuffers(s.maxWrite)
+	n, err := s.read(b.in)
+	if err != nil {
+		return &os.PathError{Op: "read INIT", Path: "/dev/fuse", Err: err}
+	}
+	out, _ := s.ps.HandleRequest([][]byte{b.in[:n]}, [][]byte{b.out})
+	if out < 36 || binary.NativeEndian.Uint32(b.out[4:]) != 0 {
+		return &os.PathError{Op: "INIT", Path: "/dev/fuse", Err: unix.EPROTO}
+	}
+	// struct fuse_init_in behind the 40 byte header, fuse_init_out behind 16.
+	s.minor = binary.NativeEndian.Uint32(b.in[44:])
+	s.flags = uint64(binary.NativeEndian.Uint32(b.out[16+12:])) | uint64(binary.NativeEndian.Uint32(b.out[16+32:]))<<32
+	if s.flags&fuse.CAP_PASSTHROUGH == 0 {
+		s.noPass.Store(true)
+	}
+	if _, err := unix.Write(s.fd, b.out[:out]); err != nil {
+		return &os.PathError{Op: "write INIT", Path: "/dev/fuse", Err: err}
+	}
+	return nil
+}
+
+type buffers struct{ in, out []byte }
+
+func newBuffers(maxWrite int) *buffers {
+	return &buffers{in: make([]byte, maxWrite+4096), out: make([]byte, maxWrite+4096)}
+}
+
+// read reads one request, parked in the poller while there is none.
+func (s *Server) read(buf []byte) (n int, err error) {
+	for {
+		cerr := s.raw.Read(func(fd uintptr) bool {
+			n, err = unix.Read(int(fd), buf)
+			return err != unix.EAGAIN
+		})
+		if cerr != nil {
+			return 0, cerr
+		}
+		if err == unix.EINTR || err == unix.ENOENT {
+			continue // ENOENT: the request was interrupted away
+		}
+		return n, err
+	}
+}
+
+func (s *Server) addReader() {
+	s.readers.Add(1)
+	s.wg.Add(1)
+	go s.reader()
+}
+
+// reader reads and serves. A timer makes another reader if a request turns
+// out to be slow; the surplus one ends.
+func (s *Server) reader() {
+	defer s.wg.Done()
+	b := newBuffers(s.maxWrite)
+	in, out := [][]byte{nil}, [][]byte{b.out}
+	var away atomic.Bool // this goroutine does not count as a reader
+	leave := func() {
+		if away.CompareAndSwap(false, true) {
+			s.readers.Add(-1)
+			s.addReader()
+		}
+	}
+	slow := time.AfterFunc(time.Hour, leave)
+	slow.Stop()
+	for {
+		n, err := s.read(b.in)
+		if err != nil {
+			if !errors.Is(err, unix.ENODEV) && !errors.Is(err, os.ErrClosed) {
+				s.log.Error("read request", "err", err)
+			}
+			return
+		}
+		s.requests.Add(1)
+		if n >= 40 && certainlySlow(b.in) {
+			leave()
+		} else {
+			slow.Reset(slowAfter)
+		}
+		in[0] = b.in[:n]
+		k, _ := s.ps.HandleRequest(in, out)
+		if k > 0 {
+			if _, err := unix.Write(s.fd, b.out[:k]); err != nil && err != unix.ENOENT && err != unix.ENODEV {
+				s.log.Error("write reply", "err", err, "opcode", binary.NativeEndian.Uint32(b.in[4:]))
+			}
+		}
+		slow.Stop()
+		if away.Load() {
+			// Somebody else reads now. Go on only if that one went away, too.
+			if s.readers.Add(1) > s.want {
+				s.readers.Add(-1)
+				return
+			}
+			away.Store(false)
+		}
+	}
+}
+
+// Opcodes of fuse.h that matter to the loop.
+const (
+	opOpen          = 14
+	opRead          = 15
+	opWrite         = 16
+	opFsync         = 20
+	opFsyncdir      = 30
+	opSetlkw        = 33
+	opFallocate     = 43
+	opCopyFileRange = 47
+)
+
+// certainlySlow reports whether a request moves data or waits for a disk.
+func certainlySlow(req []byte) bool {
+	switch binary.NativeEndian.Uint32(req[4:]) {
+	case opFsync, opFsyncdir, opSetlkw, opFallocate, opCopyFileRange:
+		return true
+	case opRead, opWrite:
+		return len(req) > 0 && binary.NativeEndian.Uint32(req[40+16:]) > 64<<10
+	}
+	return false
+}
+
+// finish runs when the kernel has ended the connection.
+func (s *Server) finish() {
+	s.qmu.Lock()
+	s.closing = true
+	s.queue = nil
+	for _, c := range s.qwait {
+		close(c)
+	}
+	s.qwait = nil
+	for s.qrun {
+		s.qmu.Unlock()
+		time.Sleep(time.Millisecond)
+		s.qmu.Lock()
+	}
+	s.qmu.Unlock()
+	if s.cfg.Watch != nil {
+		s.cfg.Watch.stop()
+	}
+	s.mu.Lock()
+	handles, ids := s.handles, s.ids
+	s.handles, s.ids, s.byNode = map[uint64]*handle{}, map[uint64]*inode{}, map[*unionfs.Node]*inode{}
+	s.mu.Unlock()
+	for _, h := range handles {
+		h.close()
+	}
+	for _, i := range ids {
+		i.dropBacking(s)
+		if i.id != fuse.FUSE_ROOT_ID {
+			s.fs.Forget(i.n, 1)
+		}
+	}
+	s.f.Close()
+	close(s.done)
+}
+
+// Done is closed when the mount is gone and everything is released.
+func (s *Server) Done() <-chan struct{} { return s.done }
+
+// Unmount unmounts, EBUSY if the mount is in use. detach: take it out of the
+// tree at once and end when the last user is gone.
+func (s *Server) Unmount(ctx context.Context, detach bool) error {
+	flags := unix.UMOUNT_NOFOLLOW
+	if detach {
+		flags |= unix.MNT_DETACH
+	}
+	select {
+	case <-s.done:
+		return nil
+	default:
+	}
+	if err := unix.Unmount(s.cfg.Target, flags); err != nil && err != unix.EINVAL {
+		return &os.PathError{Op: "umount", Path: s.cfg.Target, Err: err}
+	}
+	select {
+	case <-s.done:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+// Stats returns counters.
+func (s *Server) Stats() Stats {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return Stats{
+		Requests: s.requests.Load(), Nodes: len(s.ids), Handles: len(s.handles), Backings: s.nBacked,
+		Passthrough: !s.noPass.Load(), Invalidated: s.invalidated.Load(), Lost: s.lostCount.Load(),
+	}
+}
