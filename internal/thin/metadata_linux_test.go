@@ -135,7 +135,7 @@ func TestDiffOfSnapshots(t *testing.T) {
 // both sides.
 func TestDiffCost(t *testing.T) {
 	r := rand.New(rand.NewPCG(5, 6))
-	for _, size := range []uint64{20000, 160000} {
+	for _, size := range []uint64{17000, 40000} {
 		base := model{}
 		for i := range size {
 			base[i] = i
