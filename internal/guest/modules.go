@@ -70,8 +70,13 @@ func (t *ModuleTree) Order(names ...string) ([]string, error) {
 			return fmt.Errorf("module %s: %w", name, err)
 		}
 		for _, n := range pre {
-			if err := visit(strings.TrimPrefix(n, "crypto-"), ", needed by "+name, true); err != nil {
-				return err
+			// A soft dependency may be an alias of an algorithm, whose module
+			// has the plain name or, in C, that with _generic.
+			n = strings.TrimPrefix(n, "crypto-")
+			for _, n := range []string{n, n + "_generic"} {
+				if err := visit(n, ", needed by "+name, true); err != nil {
+					return err
+				}
 			}
 		}
 		for _, n := range hard {
