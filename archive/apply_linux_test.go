@@ -284,14 +284,12 @@ func TestLayerOrder(t *testing.T) {
 				require.NoError(t, applyBytes(t, merged, stream, nil))
 				requireSame(t, want, merged, ignore)
 
-				{
-					portable := sub + "portable"
-					tree.Build(t, portable, tt.base...)
-					opts := &archive.ApplyOptions{Lost: func(*archive.EntryError) {}}
-					archive.UsePortable(opts)
-					require.NoError(t, applyBytes(t, portable, stream, opts))
-					requireSame(t, want, portable, &tree.CompareOptions{IgnoreTimes: true, IgnoreXattr: func(string) bool { return true }, IgnoreOwners: true})
-				}
+				portable := sub + "portable"
+				tree.Build(t, portable, tt.base...)
+				other := &archive.ApplyOptions{Lost: func(*archive.EntryError) {}}
+				archive.UsePortable(other)
+				require.NoError(t, applyBytes(t, portable, stream, other))
+				requireSame(t, want, portable, &tree.CompareOptions{IgnoreTimes: true, IgnoreXattr: func(string) bool { return true }, IgnoreOwners: true})
 
 				for _, drop := range []bool{false, true} {
 					upper := filepath.Join(sub+fmt.Sprint("overlay", drop), "upper")

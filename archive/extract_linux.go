@@ -201,7 +201,6 @@ func (x *extractor) put(n *node, base string, h *header, uid, gid uint32) error 
 	if h.typ == typeDir {
 		return x.putDir(n, base, h, uid, gid)
 	}
-	x.forget(n, base)
 	if err := x.clear(n, base); err != nil {
 		return err
 	}
@@ -289,15 +288,6 @@ func (x *extractor) addContent(t task) error {
 		}
 		c.retain()
 		x.w.feed(f, piece{b, c}, false)
-	}
-}
-
-// forget drops what is cached about a name that gets another meaning.
-func (x *extractor) forget(n *node, base string) {
-	if x.lastNode != nil && x.lastNode != n {
-		// The path of the entry before may have gone through this name, also
-		// as a link.
-		x.lastNode = nil
 	}
 }
 
@@ -603,7 +593,6 @@ func (x *extractor) makeImplied(n *node, name string) (*node, error) {
 		return nil, err
 	}
 	opaque := n.made[name] == madeWhiteout
-	x.forget(n, name)
 	if err := x.clear(n, name); err != nil {
 		return nil, err
 	}
@@ -616,11 +605,10 @@ func (x *extractor) makeImplied(n *node, name string) (*node, error) {
 	}
 	x.touch(n)
 	child := n.add(&node{name: name, hidden: n.hidden || opaque})
-	child.final.times = false // the time of its making
 	if err := x.mkdir(child, h, uid, gid); err != nil {
 		return nil, err
 	}
-	child.final.times = false
+	child.final.times = false // it keeps that of its making
 	if opaque {
 		return child, x.markOpaque(child)
 	}
@@ -770,7 +758,6 @@ func (x *extractor) putDir(n *node, base string, h *header, uid, gid uint32) err
 		}
 		return x.mkdir(c, h, uid, gid)
 	}
-	x.forget(n, base)
 	opaque := n.made[base] == madeWhiteout
 	if err := x.clear(n, base); err != nil {
 		return err

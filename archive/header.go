@@ -171,18 +171,19 @@ func parseBlock(b []byte, h *header) error {
 		size: num("size", b[124:136]),
 	}
 	h.mtime.sec = num("mtime", b[136:148])
-	if string(b[257:262]) == "ustar" {
+	gnu := string(b[257:265]) == "ustar  \x00"
+	if gnu || string(b[257:263]) == "ustar\x00" {
 		var prefix []byte
 		switch {
-		case string(b[262:265]) == " \x00" || string(b[257:265]) == "ustar  \x00":
+		case gnu:
 			// GNU: what POSIX uses for the prefix holds times. Old versions of
 			// Go wrote the GNU magic and a prefix; those times do not parse.
-			if b[345] != 0 {
-				if n, good := number(b[345:357]); good {
-					h.atime, h.hasAtime = stamp{n, 0}, true
-				} else if isASCII(b[345:500]) {
-					prefix = b[345:500]
-				}
+			atime, good1 := number(b[345:357])
+			_, good2 := number(b[357:369]) // ctime
+			if (good1 || b[345] == 0) && (good2 || b[357] == 0) {
+				h.atime, h.hasAtime = stamp{atime, 0}, b[345] != 0
+			} else if p := field(b[345:500]); isASCII([]byte(p)) {
+				prefix = b[345:500]
 			}
 		case string(b[508:512]) == "tar\x00":
 			prefix = b[345:476]

@@ -69,7 +69,6 @@ func (x *extractor) plink(h *header, base string) error {
 	if err != nil {
 		return err
 	}
-	x.forget(x.plinks, base)
 	if err := x.clear(x.plinks, base); err != nil {
 		return err
 	}
