@@ -75,6 +75,7 @@ func (m *Machine) Run(ctx context.Context, handle func(Kind, []byte) error) (err
 	defer cancel()
 	cmd := exec.CommandContext(ctx, "qemu-system-x86_64", m.args()...)
 	cmd.WaitDelay = 5 * time.Second
+	defer dieWithUs(cmd)()
 	var stderr tail
 	cmd.Stderr = &stderr
 	// An open pipe that says nothing: QEMU would read from ours otherwise.
