@@ -272,17 +272,24 @@ func (e *env) quota(ability bool, q layerfs.Quota, fn func(id string) error) err
 	if err := layerfs.SetQuota(e.ctx, e.d, "later", layerfs.Quota{}); err != nil {
 		return err
 	}
-	if err := fn("later"); err == nil {
-		return errors.New("a quota that was lifted still limits")
+	if err := fn("later"); !errors.Is(err, errUnlimited) {
+		return fmt.Errorf("a quota that was lifted still limits: %w", err)
 	}
 	// And it is a limit of that layer alone.
 	if err := e.create("free", "base"); err != nil {
 		return err
 	}
-	if err := fn("free"); err == nil {
-		return errors.New("a layer without a quota is limited")
+	if err := fn("free"); !errors.Is(err, errUnlimited) {
+		return fmt.Errorf("a layer without a quota is limited: %w", err)
 	}
 	return nil
+}
+
+// limitedIn runs fn on a layer as a container would.
+func (e *env) limitedIn(id string, fn func(path string) error) error {
+	return e.with(e.d, id, nil, func(path string) error {
+		return limited(func() error { return fn(path) })
+	})
 }
 
 // errUnlimited says that nothing limited a layer.
@@ -295,7 +302,7 @@ func isFull(err error) bool {
 func testFeatureQuota(e *env) error {
 	const limit = 8 << 20
 	return e.quota(e.d.Features().Quota, layerfs.Quota{Bytes: limit}, func(id string) error {
-		return e.with(e.d, id, nil, func(path string) error {
+		return e.limitedIn(id, func(path string) error {
 			f, err := os.Create(filepath.Join(path, "big"))
 			if err != nil {
 				return err
@@ -327,7 +334,7 @@ func testFeatureQuota(e *env) error {
 
 func testFeatureInodeQuota(e *env) error {
 	return e.quota(e.d.Features().InodeQuota, layerfs.Quota{Inodes: 50}, func(id string) error {
-		return e.with(e.d, id, nil, func(path string) error {
+		return e.limitedIn(id, func(path string) error {
 			for n := range 100 {
 				err := os.WriteFile(filepath.Join(path, fmt.Sprintf("f%d", n)), nil, 0o600)
 				if isFull(err) {

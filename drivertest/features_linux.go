@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"runtime"
 
 	"golang.org/x/sys/unix"
 
@@ -128,6 +129,35 @@ func cached(path string, size int) (int, error) {
 		n += int(p & 1)
 	}
 	return n, err
+}
+
+// limited runs fn as a container runs: without CAP_SYS_RESOURCE, with which a
+// process may exceed the quotas of ext4 (fs/quota/dquot.c, ignore_hardlimit).
+// Capabilities belong to a thread, so it has one of its own, which ends if it
+// cannot be put right again.
+func limited(fn func() error) error {
+	done := make(chan error, 1)
+	go func() {
+		runtime.LockOSThread()
+		header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
+		var data [2]unix.CapUserData
+		if err := unix.Capget(&header, &data[0]); err != nil {
+			done <- err
+			return
+		}
+		without := data
+		without[0].Effective &^= 1 << unix.CAP_SYS_RESOURCE
+		if err := unix.Capset(&header, &without[0]); err != nil {
+			done <- err
+			return
+		}
+		err := fn()
+		if rerr := unix.Capset(&header, &data[0]); rerr == nil {
+			runtime.UnlockOSThread()
+		}
+		done <- err
+	}()
+	return <-done
 }
 
 // tryMounts makes the mounts of a Mounter where that is permitted.

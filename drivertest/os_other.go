@@ -323,3 +323,5 @@ func noSpace() error                       { return syscall.ENOSPC }
 func wantOwners(string, map[string][2]uint32) error { return nil }
 
 func (e *env) tryMounts([]layerfs.Mount, bool, []string) error { return nil }
+
+func limited(fn func() error) error { return fn() }

@@ -121,6 +121,9 @@ func (d *Driver) Clone(ctx context.Context, id, from string, opts *layerfs.Creat
 // SetQuota limits a layer by a project quota of ext4, xfs or f2fs: what the
 // whole copy takes. The cost grows with the number of files if the layer had
 // no limit before; it must not be held for writing then.
+//
+// ext4 does not stop processes with CAP_SYS_RESOURCE, which containers usually
+// lack and root has; xfs stops everybody.
 func (d *Driver) SetQuota(ctx context.Context, id string, q layerfs.Quota) error {
 	return lifecycle.Update(ctx, d.frame, "set quota", id, func(c lifecycle.Chain, rec *lifecycle.Record) error {
 		if q.Bytes < 0 || q.Inodes < 0 {
