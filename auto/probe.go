@@ -65,6 +65,15 @@ func (r *Report) reason(name string) string {
 	return r.Driver + " has no way to do it"
 }
 
+// Describe reports on a driver that is open.
+func Describe(d layerfs.Driver) Report {
+	r := Report{Driver: d.Name(), Features: d.Features()}
+	if b, err := find(backends(), r.Driver); err == nil {
+		r.never = b.never
+	}
+	return r
+}
+
 // Probe opens every driver with default options in a temporary directory
 // below root, asks it what it can do, and removes the directory. If root does
 // not exist, the nearest parent that does takes its place; neither it nor
@@ -100,8 +109,7 @@ func probe(ctx context.Context, all []backend, root string) (_ []Report, err err
 		r := Report{Driver: b.name, never: b.never}
 		d, err := b.open(temp, new(Options))
 		if err == nil {
-			r.Features = d.Features()
-			err = d.Close()
+			r.Features, err = d.Features(), d.Close()
 		}
 		r.Err = err
 		reports = append(reports, r)
