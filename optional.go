@@ -22,7 +22,10 @@ type Mount struct {
 // of mounting it, for callers with a mount namespace of their own.
 type Mounter interface {
 	// Mounts holds the layer like Get and returns the mounts that show it, to
-	// be made one after another on the same target. Put releases it.
+	// be made one after another on the same target. Put releases it; the
+	// caller unmounts before. The error matches [ErrInUse] if the layer is held
+	// by Get: one writable layer must not be mounted twice. GetOptions.Persist
+	// and IDMap are not supported.
 	Mounts(ctx context.Context, id string, opts *GetOptions) ([]Mount, error)
 }
 

@@ -64,15 +64,26 @@ func (m *mechanism) applyAside(ctx context.Context, dir string, chain lifecycle.
 	return res, exchange(fresh, m.upper(rec.ID))
 }
 
-func (m *mechanism) unpack(ctx context.Context, dir string, chain lifecycle.Chain, r io.Reader, opts *layerfs.ApplyOptions) (layerfs.ApplyResult, error) {
+func (m *mechanism) unpack(ctx context.Context, dir string, chain lifecycle.Chain, r io.Reader, opts *layerfs.ApplyOptions) (_ layerfs.ApplyResult, err error) {
 	form := archive.Overlay
 	if m.conf.Xattrs == "user" {
 		form = archive.OverlayUser
 	}
+	var lowers []string
+	if len(chain) > 1 {
+		// What is below is asked of the kernel, which knows redirects and
+		// metacopy, and is as fast for many layers as for one.
+		below, err := m.View(ctx, chain[1:])
+		if err != nil {
+			return layerfs.ApplyResult{}, err
+		}
+		defer func() { err = errors.Join(err, below.Release()) }()
+		lowers = []string{below.Path}
+	}
 	return archive.Apply(ctx, dir, r, &archive.ApplyOptions{
 		ApplyOptions:  *opts,
 		Form:          form,
-		Lowers:        m.uppers(chain[1:]),
+		Lowers:        lowers,
 		DropWhiteouts: true,
 	})
 }

@@ -169,7 +169,6 @@ func (m *mechanism) needs() []feature.Feature {
 	for f, wanted := range map[feature.Feature]bool{
 		feature.RedirectDir: m.opts.RedirectDir == "on",
 		feature.Metacopy:    m.opts.Metacopy == "on",
-		feature.Index:       m.opts.Index == "on",
 		feature.XIno:        m.opts.XIno == "on",
 		feature.Volatile:    m.opts.Volatile,
 	} {

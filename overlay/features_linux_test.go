@@ -40,7 +40,6 @@ func TestNewUnsupported(t *testing.T) {
 		"userxattr": {Options{UserXattr: "on"}, feature.OverlayUserXattr},
 		"redirect":  {Options{RedirectDir: "on"}, feature.RedirectDir},
 		"metacopy":  {Options{RedirectDir: "on", Metacopy: "on"}, feature.Metacopy},
-		"index":     {Options{Index: "on"}, feature.Index},
 		"xino":      {Options{XIno: "on"}, feature.XIno},
 		"volatile":  {Options{Volatile: true}, feature.Volatile},
 	} {

@@ -3,7 +3,6 @@ package overlay
 import (
 	"context"
 	"errors"
-	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
@@ -25,19 +24,18 @@ func (m *mechanism) plan(chain lifecycle.Chain, readOnly bool) *mount.Overlay {
 		UserXattr:   m.opts.UserXattr == "on",
 		Metacopy:    m.opts.Metacopy,
 		RedirectDir: m.opts.RedirectDir,
-		Index:       m.opts.Index,
 		XIno:        m.opts.XIno,
 		Label:       chain.Layer().MountLabel,
 		Options:     m.opts.MountOptions,
 		Method:      m.method,
 	}
 	if m.opts.MountProgram == "" {
+		o.Index = "off" // whatever the host's default is, see validate
 		m.defaults(o)
 	}
 	if readOnly {
 		o.Lowers = dirs
 		o.Flags = mount.ReadOnly
-		o.Index = ""
 		return o
 	}
 	o.Lowers, o.Upper, o.Work = dirs[1:], dirs[0], m.work(chain.Layer().ID)
@@ -49,9 +47,6 @@ func (m *mechanism) plan(chain lifecycle.Chain, readOnly bool) *mount.Overlay {
 // tools turn these options on for a whole host. They are left alone where
 // userxattr excludes them.
 func (m *mechanism) defaults(o *mount.Overlay) {
-	if o.Index == "" {
-		o.Index = "off"
-	}
 	if o.UserXattr {
 		return
 	}
@@ -246,11 +241,5 @@ func (d *Driver) Mounts(ctx context.Context, id string, opts *layerfs.GetOptions
 		mounts = []layerfs.Mount{{Type: "overlay", Source: "overlay", Options: append(plan.MountOptions(), rw)}}
 		return nil
 	})
-	if err == nil && mounts == nil {
-		err = &layerfs.Error{Op: "mounts", Driver: name, ID: id, Err: fmt.Errorf("it is mounted at %s: %w", d.m.Path(id), layerfs.ErrInUse)}
-		if perr := d.Put(context.WithoutCancel(ctx), id); perr != nil {
-			err = fmt.Errorf("%w (rollback: %v)", err, perr)
-		}
-	}
 	return mounts, err
 }

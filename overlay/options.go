@@ -35,10 +35,6 @@ type Options struct {
 	// Default "" is "off", or "on" where an earlier opening used it.
 	Metacopy string
 
-	// Index is overlayfs's index: "on" keeps hard links together across
-	// copy-up and refuses to use one layer in two mounts. Default "off".
-	Index string
-
 	// XIno is overlayfs's xino: "on", "off" or "auto". Default is the kernel's.
 	XIno string
 
@@ -77,7 +73,6 @@ func (o *Options) validate() error {
 	oneOf("UserXattr", o.UserXattr, "on", "off")
 	oneOf("RedirectDir", o.RedirectDir, "on", "off", "follow", "nofollow")
 	oneOf("Metacopy", o.Metacopy, "on", "off")
-	oneOf("Index", o.Index, "on", "off")
 	oneOf("XIno", o.XIno, "on", "off", "auto")
 	if o.Metacopy == "on" && o.RedirectDir != "on" {
 		bad("Metacopy needs RedirectDir on")
@@ -92,8 +87,8 @@ func (o *Options) validate() error {
 		if !filepath.IsAbs(o.MountProgram) {
 			bad("MountProgram %q is not an absolute path", o.MountProgram)
 		}
-		if o.Volatile || o.RedirectDir != "" || o.Metacopy != "" || o.Index != "" || o.XIno != "" {
-			bad("MountProgram excludes Volatile, RedirectDir, Metacopy, Index and XIno, which are the kernel's")
+		if o.Volatile || o.RedirectDir != "" || o.Metacopy != "" || o.XIno != "" {
+			bad("MountProgram excludes Volatile, RedirectDir, Metacopy and XIno, which are the kernel's")
 		}
 	}
 	for _, opt := range o.MountOptions {
@@ -103,7 +98,12 @@ func (o *Options) validate() error {
 			bad("mount option %q has no name", opt)
 		case "lowerdir", "lowerdir+", "datadir+", "upperdir", "workdir", "source", "ro", "rw":
 			bad("mount option %q is the driver's own", opt)
-		case "userxattr", "redirect_dir", "metacopy", "index", "xino", "volatile":
+		case "index", "nfs_export":
+			// An indexed hard link is whole in the mount that made it and
+			// nowhere else: in a child of the layer, or in its diff, some of
+			// its names would have the old content.
+			bad("mount option %q is refused: layers would lose changes to hard links", opt)
+		case "userxattr", "redirect_dir", "metacopy", "xino", "volatile":
 			bad("mount option %q has a field of its own", opt)
 		}
 		if strings.ContainsRune(opt, 0) {

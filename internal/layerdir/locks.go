@@ -43,6 +43,7 @@ const (
 	HeldWritable             // by a Get that can write
 	HeldReadOnly             // by a Get that cannot
 	HeldPinned               // by a reader such as Diff, without a mount
+	HeldPlanned              // beside one of the first two: who holds it mounts it himself, and knows where
 	holdEnd
 	bytesPerLayer = 8
 )
@@ -150,7 +151,7 @@ func (l *Locks) Release(id string, h Hold) {
 // Others tells how other drivers, in this process or another, hold a layer
 // whose lock the caller has.
 type Others struct {
-	Writable, ReadOnly, Pinned bool
+	Writable, ReadOnly, Pinned, Planned bool
 }
 
 // Any reports whether there is any hold.
@@ -170,7 +171,7 @@ func (l *Locks) Others(id string) (Others, error) {
 	for _, b := range []struct {
 		hold Hold
 		to   *bool
-	}{{HeldWritable, &o.Writable}, {HeldReadOnly, &o.ReadOnly}, {HeldPinned, &o.Pinned}} {
+	}{{HeldWritable, &o.Writable}, {HeldReadOnly, &o.ReadOnly}, {HeldPinned, &o.Pinned}, {HeldPlanned, &o.Planned}} {
 		if *b.to, err = l.file.probe(p+int64(b.hold), 1); err != nil {
 			return o, err
 		}

@@ -38,6 +38,7 @@ type Driver struct {
 type hold struct {
 	gets     int
 	readOnly bool
+	planned  bool // the caller mounts it itself: see Plan
 	idMap    *layerfs.IDMap
 	pins     int
 }

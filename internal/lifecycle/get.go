@@ -2,6 +2,7 @@ package lifecycle
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"reflect"
 
@@ -16,15 +17,16 @@ func (d *Driver) Get(ctx context.Context, id string, opts *layerfs.GetOptions) (
 	if opts == nil {
 		opts = new(layerfs.GetOptions)
 	}
-	err = d.get(ctx, id, opts, d.m.Mount)
+	err = d.get(ctx, id, opts, nil)
 	if err != nil {
 		return "", err
 	}
 	return d.m.Path(id), nil
 }
 
-// Plan holds a layer as Get does, but calls plan instead of mounting it. It is
-// for the Mounter of a backend.
+// Plan holds a layer as Get does, but calls plan each time instead of mounting
+// it. It is for the Mounter of a backend. A layer is held by Get or by Plan, not
+// both: two mounts of one writable layer are not one file system.
 func Plan(ctx context.Context, d *Driver, id string, opts *layerfs.GetOptions, plan func(context.Context, Chain, Mode) error) (err error) {
 	defer d.wrap("mounts", id, &err)
 	if opts == nil {
@@ -33,7 +35,7 @@ func Plan(ctx context.Context, d *Driver, id string, opts *layerfs.GetOptions, p
 	return d.get(ctx, id, opts, plan)
 }
 
-func (d *Driver) get(ctx context.Context, id string, opts *layerfs.GetOptions, mount func(context.Context, Chain, Mode) error) (err error) {
+func (d *Driver) get(ctx context.Context, id string, opts *layerfs.GetOptions, plan func(context.Context, Chain, Mode) error) (err error) {
 	unlock, err := d.lock(ctx, id)
 	if err != nil {
 		return err
@@ -57,14 +59,25 @@ func (d *Driver) get(ctx context.Context, id string, opts *layerfs.GetOptions, m
 	if err != nil {
 		return err
 	}
-	if err := compatible(h, p, others, mode); err != nil {
+	if err := compatible(h, p, others, mode, plan != nil); err != nil {
 		return err
 	}
 	var u undo.Stack
 	defer u.Run(&err)
-	if h.gets == 0 {
+	switch {
+	case plan != nil:
+		if opts.Persist {
+			return fmt.Errorf("a mount that the caller makes cannot persist: %w", errors.ErrUnsupported)
+		}
+		if err := d.unmountStale(ctx, chain.Layer()); err != nil {
+			return err
+		}
+		if err := plan(ctx, chain, mode); err != nil {
+			return err
+		}
+	case h.gets == 0:
 		held := p.Count > 0 || others.Got()
-		if err := d.mount(ctx, chain, mode, held, p.Mapped, mount, &u); err != nil {
+		if err := d.mount(ctx, chain, mode, held, p.Mapped, &u); err != nil {
 			return err
 		}
 		if mapped := mode.IDMap != nil; mapped != p.Mapped {
@@ -83,7 +96,13 @@ func (d *Driver) get(ctx context.Context, id string, opts *layerfs.GetOptions, m
 		if err := d.dir.Hold(id, holdKind(mode.ReadOnly)); err != nil {
 			return err
 		}
-		h.readOnly, h.idMap = mode.ReadOnly, mode.IDMap
+		if plan != nil {
+			if err := d.dir.Hold(id, layerdir.HeldPlanned); err != nil {
+				d.dir.Release(id, holdKind(mode.ReadOnly))
+				return err
+			}
+		}
+		h.readOnly, h.idMap, h.planned = mode.ReadOnly, mode.IDMap, plan != nil
 	}
 	h.gets++
 	return nil
@@ -113,13 +132,15 @@ func (d *Driver) mode(rec *Record, opts *layerfs.GetOptions) (Mode, error) {
 }
 
 // compatible reports why a layer cannot be mounted in another mode than it is.
-func compatible(h *hold, p layerdir.Persistent, o layerdir.Others, mode Mode) error {
+func compatible(h *hold, p layerdir.Persistent, o layerdir.Others, mode Mode, planned bool) error {
 	inUse := func(how string) error { return fmt.Errorf("held %s: %w", how, layerfs.ErrInUse) }
 	switch {
 	case h.gets > 0 && h.readOnly != mode.ReadOnly:
 		return inUse(access(h.readOnly))
 	case h.gets > 0 && !reflect.DeepEqual(h.idMap, mode.IDMap):
 		return inUse("with other owners")
+	case h.gets > 0 && h.planned != planned, h.gets == 0 && o.Got() && o.Planned != planned, p.Count > 0 && planned:
+		return inUse("by " + map[bool]string{true: "Get, and Mounts was called", false: "Mounts, and Get was called"}[planned])
 	case h.gets > 0:
 		return nil
 	case p.Count > 0 && p.ReadOnly != mode.ReadOnly:
@@ -150,7 +171,7 @@ func holdKind(readOnly bool) layerdir.Hold {
 // mount makes the tree available unless it is. A mount that nobody holds was
 // left by a process that died: it is used again if it is what is wanted, since
 // two mounts of one writable layer are not the same file system.
-func (d *Driver) mount(ctx context.Context, chain Chain, mode Mode, held, mapped bool, mount func(context.Context, Chain, Mode) error, u *undo.Stack) error {
+func (d *Driver) mount(ctx context.Context, chain Chain, mode Mode, held, mapped bool, u *undo.Stack) error {
 	rec := chain.Layer()
 	st, err := d.m.State(rec.ID)
 	if err != nil {
@@ -164,7 +185,7 @@ func (d *Driver) mount(ctx context.Context, chain Chain, mode Mode, held, mapped
 			return err
 		}
 	}
-	if err := mount(ctx, chain, mode); err != nil {
+	if err := d.m.Mount(ctx, chain, mode); err != nil {
 		return err
 	}
 	u.Push(func() error { return d.m.Unmount(context.WithoutCancel(ctx), rec) })
@@ -211,6 +232,9 @@ func (d *Driver) Put(ctx context.Context, id string) (err error) {
 	if h.gets == 1 {
 		h.gets = 0
 		d.dir.Release(id, holdKind(h.readOnly))
+		if h.planned {
+			d.dir.Release(id, layerdir.HeldPlanned)
+		}
 		if !p.Mapped && h.idMap == nil {
 			return nil
 		}
