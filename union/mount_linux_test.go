@@ -53,6 +53,7 @@ func prepare(t testing.TB, lowers int, specs ...string) *stage {
 	needMount(t)
 	dir, err := os.MkdirTemp("/dev/shm", "union")
 	require.NoError(t, err)
+	require.NoError(t, os.Chmod(dir, 0o755)) // other users take part
 	s := &stage{dir: dir, mnt: filepath.Join(dir, "mnt")}
 	t.Cleanup(func() { require.NoError(t, os.RemoveAll(dir)) })
 	for _, d := range []string{"mnt", "rw"} {

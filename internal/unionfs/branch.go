@@ -102,11 +102,11 @@ func openBranch(path string, perm Perm) (b *Branch, err error) {
 		return nil, err
 	}
 	b = &Branch{path: path, perm: perm, root: -1, plnk: -1}
-	defer func() {
+	defer func(b *Branch) {
 		if err != nil {
 			b.close()
 		}
-	}()
+	}(b)
 	b.root, err = unix.OpenTree(unix.AT_FDCWD, path, unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC)
 	if err == nil {
 		b.priv = true
