@@ -76,20 +76,10 @@ func allCases() []testCase {
 // Run runs the conformance suite as subtests of t.
 func Run(t *testing.T, h Harness) {
 	t.Helper()
-	cases := allCases()
-	known := map[string]bool{fsSuite: true}
-	for _, c := range cases {
-		if known[c.name] {
-			t.Fatalf("[bug] two cases named %s", c.name)
-		}
-		known[c.name] = true
+	for _, name := range h.unknown() {
+		t.Errorf("Deviates names %q, which is no case", name)
 	}
-	for _, name := range slices.Sorted(maps.Keys(h.Deviates)) {
-		if !known[name] {
-			t.Errorf("Deviates names %q, which is no case", name)
-		}
-	}
-	for _, c := range cases {
+	for _, c := range allCases() {
 		t.Run(c.name, func(t *testing.T) { h.runCase(t, c) })
 	}
 	t.Run(fsSuite, func(t *testing.T) { h.runFSSuite(t) })
@@ -131,15 +121,41 @@ func (h Harness) judge(t *testing.T, name string, err error) {
 		testenv.SkipUnsupported(t, skip.cause, h.Name)
 		t.Skip(skip.reason)
 	}
+	failure, known := h.verdict(name, err)
+	switch {
+	case failure != nil:
+		t.Error(failure)
+	case known != "":
+		t.Log(known)
+	}
+}
+
+// verdict says whether the outcome of a case is a failure, or what known
+// deviation it is.
+func (h Harness) verdict(name string, err error) (failure error, known string) {
 	why, deviates := h.Deviates[name]
 	switch {
 	case deviates && err == nil:
-		t.Errorf("Deviates lists %s (%s), but it passes", name, why)
+		return fmt.Errorf("Deviates lists %s (%s), but it passes", name, why), ""
 	case deviates:
-		t.Logf("deviates (%s): %v", why, err)
-	case err != nil:
-		t.Error(err)
+		return nil, fmt.Sprintf("deviates (%s): %v", why, err)
 	}
+	return err, ""
+}
+
+// unknown returns the names in Deviates that are no cases.
+func (h Harness) unknown() []string {
+	known := map[string]bool{fsSuite: true}
+	for _, c := range allCases() {
+		known[c.name] = true
+	}
+	var names []string
+	for _, name := range slices.Sorted(maps.Keys(h.Deviates)) {
+		if !known[name] {
+			names = append(names, name)
+		}
+	}
+	return names
 }
 
 // skipError says why a case cannot be run here.
