@@ -170,6 +170,12 @@ func (s *Server) changed(e watch.Event) {
 		if childID != 0 {
 			s.invalInode(childID, -1)
 		}
+		if child != nil && child.Survives() {
+			// A directory that stays gets or loses a whole tree below it, in
+			// which the kernel may remember names we never heard of.
+			s.fs.ChangedBelow(child)
+			s.InvalidateAll()
+		}
 		if dirID != 0 {
 			s.invalEntry(dirID, e.Name)
 			s.invalInode(dirID, 0) // the kernel's listing

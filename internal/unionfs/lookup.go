@@ -618,12 +618,28 @@ func (fs *FS) ChangedAll() {
 	fs.eachNode(func(n *Node) { n.stale.Store(n.IsDir()); n.snap = nil; n.changes.Add(1) })
 }
 
+// ChangedBelow is Changed for every known directory from dir down.
+func (fs *FS) ChangedBelow(dir *Node) {
+	fs.eachBelow(dir, func(n *Node) { n.stale.Store(n.IsDir()); n.snap = nil; n.changes.Add(1) })
+}
+
+// Survives reports whether n is a directory that may stay one when one of its
+// instances comes or goes.
+func (n *Node) Survives() bool {
+	n.fs.stackMu.RLock()
+	defer n.fs.stackMu.RUnlock()
+	is := n.instList()
+	return len(is) > 1 || len(is) == 1 && is[0].br.perm == RW
+}
+
 // eachNode calls f for every node that can be reached from the root, under
 // tabMu.
-func (fs *FS) eachNode(f func(*Node)) {
+func (fs *FS) eachNode(f func(*Node)) { fs.eachBelow(fs.root, f) }
+
+func (fs *FS) eachBelow(top *Node, f func(*Node)) {
 	fs.tabMu.Lock()
 	defer fs.tabMu.Unlock()
-	todo := []*Node{fs.root}
+	todo := []*Node{top}
 	for len(todo) > 0 {
 		n := todo[len(todo)-1]
 		todo = todo[:len(todo)-1]
