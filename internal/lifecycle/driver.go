@@ -187,6 +187,14 @@ func (d *Driver) holdOf(id string) *hold {
 	return h
 }
 
+// setGets changes a count under both locks, since Stat and List read it under
+// mu alone.
+func (d *Driver) setGets(h *hold, n int) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	h.gets = n
+}
+
 func (d *Driver) drop(id string) {
 	d.mu.Lock()
 	defer d.mu.Unlock()

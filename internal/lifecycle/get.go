@@ -104,7 +104,7 @@ func (d *Driver) get(ctx context.Context, id string, opts *layerfs.GetOptions, p
 		}
 		h.readOnly, h.idMap, h.planned = mode.ReadOnly, mode.IDMap, plan != nil
 	}
-	h.gets++
+	d.setGets(h, h.gets+1)
 	return nil
 }
 
@@ -212,7 +212,7 @@ func (d *Driver) Put(ctx context.Context, id string) (err error) {
 	}
 	switch {
 	case h.gets > 1:
-		h.gets--
+		d.setGets(h, h.gets-1)
 		return nil
 	case h.gets == 0 && p.Count == 0:
 		return layerfs.ErrNotHeld
@@ -230,7 +230,7 @@ func (d *Driver) Put(ctx context.Context, id string) (err error) {
 		p.Mapped = false
 	}
 	if h.gets == 1 {
-		h.gets = 0
+		d.setGets(h, 0)
 		d.dir.Release(id, holdKind(h.readOnly))
 		if h.planned {
 			d.dir.Release(id, layerdir.HeldPlanned)
