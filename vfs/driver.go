@@ -77,25 +77,26 @@ func open(root string, opts *Options) (_ *Driver, err error) {
 	return &Driver{frame: f, m: m}, nil
 }
 
-// Mounts holds a layer and returns the bind mount that shows it.
+// Mounts holds a layer and returns the bind mount that shows it. It cannot say
+// how to map owners.
 func (d *Driver) Mounts(ctx context.Context, id string, opts *layerfs.GetOptions) ([]layerfs.Mount, error) {
-	// The layer is mounted on itself where it has to be, so that the path may
-	// be used as well.
-	err := lifecycle.Plan(ctx, d.frame, id, opts, func(ctx context.Context, c lifecycle.Chain, mode lifecycle.Mode) error {
-		return d.m.Mount(ctx, c, mode)
+	var m layerfs.Mount
+	err := lifecycle.Plan(ctx, d.frame, id, opts, func(_ context.Context, c lifecycle.Chain, mode lifecycle.Mode) error {
+		if mode.IDMap != nil {
+			return &layerfs.UnsupportedError{Feature: "a bind mount with mapped owners", Reason: "fstab has no option for it"}
+		}
+		path := d.m.Path(c.Layer().ID)
+		m = layerfs.Mount{Type: "bind", Source: path, Options: []string{"bind", "rw"}}
+		if mode.ReadOnly {
+			m.Options[1] = "ro"
+		}
+		_, err := os.Lstat(path)
+		return err
 	})
 	if err != nil {
 		return nil, err
 	}
-	info, err := d.Stat(ctx, id, nil)
-	if err != nil {
-		return nil, errors.Join(err, d.Put(context.WithoutCancel(ctx), id))
-	}
-	how := "rw"
-	if info.Frozen() || opts != nil && opts.ReadOnly {
-		how = "ro"
-	}
-	return []layerfs.Mount{{Type: "bind", Source: info.Path, Options: []string{"bind", how}}}, nil
+	return []layerfs.Mount{m}, nil
 }
 
 // Rollback copies the parent again. The layer is gone meanwhile: if it fails,
