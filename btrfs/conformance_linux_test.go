@@ -1,0 +1,91 @@
+package btrfs_test
+
+import (
+	"os"
+	"path/filepath"
+	"testing"
+
+	"github.com/stretchr/testify/require"
+
+	"github.com/layerfs/layerfs"
+	"github.com/layerfs/layerfs/btrfs"
+	"github.com/layerfs/layerfs/drivertest"
+	"github.com/layerfs/layerfs/internal/testenv"
+	"github.com/layerfs/layerfs/vfs"
+)
+
+func TestMain(m *testing.M) {
+	crashChild()
+	drivertest.Child(plain(), limited(), simple())
+	os.Exit(testenv.Main(m))
+}
+
+func plain() drivertest.Harness {
+	return withOptions("btrfs", &btrfs.Options{Durability: layerfs.DurabilityNone})
+}
+
+// limited has qgroups and durability full.
+func limited() drivertest.Harness {
+	return withOptions("btrfs-qgroups", &btrfs.Options{Durability: layerfs.DurabilityFull, Quotas: btrfs.QuotasFull})
+}
+
+func simple() drivertest.Harness {
+	return withOptions("btrfs-simple", &btrfs.Options{Quotas: btrfs.QuotasSimple})
+}
+
+func withOptions(name string, opts *btrfs.Options) drivertest.Harness {
+	return drivertest.Harness{
+		Name:  name,
+		New:   func(root string) (layerfs.Driver, error) { return btrfs.New(root, opts) },
+		Home:  func(root string) string { return filepath.Join(root, "btrfs") },
+		Small: small,
+		Deviates: map[string]string{
+			"DeleteLongNames": "package archive writes no whiteouts with names of more than 255 bytes",
+		},
+	}
+}
+
+// on gives the harness a file system for all of its roots.
+func on(tb testing.TB, h drivertest.Harness) drivertest.Harness {
+	mnt := testenv.Btrfs(tb, 2048, "-m single")
+	h.Root = func(tb testing.TB) string {
+		tb.Helper()
+		dir, err := os.MkdirTemp(mnt, "root-")
+		require.NoError(tb, err)
+		return dir
+	}
+	return h
+}
+
+// small returns a file system of about the bytes asked for, in which data and
+// metadata share the chunks, so that neither runs out first.
+func small(tb testing.TB, bytes int64) string {
+	tb.Helper()
+	const overhead = 24 // MiB: system chunk, reserve
+	root := filepath.Join(testenv.Btrfs(tb, int(bytes>>20)+overhead, "--mixed -m single -d single"), "root")
+	require.NoError(tb, os.Mkdir(root, 0o755))
+	return root
+}
+
+func TestConformance(t *testing.T) { drivertest.Run(t, on(t, plain())) }
+
+func TestConformanceQgroups(t *testing.T) { drivertest.Run(t, on(t, limited())) }
+
+func TestConformanceSimpleQuotas(t *testing.T) {
+	testenv.RequireKernel(t, "6.7", "btrfs simple quotas")
+	drivertest.Run(t, on(t, simple()))
+}
+
+func TestCross(t *testing.T) {
+	copies := drivertest.Harness{
+		Name: "vfs",
+		New: func(root string) (layerfs.Driver, error) {
+			return vfs.New(root, &vfs.Options{Durability: layerfs.DurabilityNone})
+		},
+	}
+	h := on(t, plain())
+	drivertest.Cross(t, h, copies)
+	drivertest.Cross(t, copies, h)
+}
+
+func BenchmarkDriver(b *testing.B) { drivertest.RunBenchmarks(b, on(b, plain())) }

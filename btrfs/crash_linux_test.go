@@ -1,0 +1,3 @@
+package btrfs_test
+
+func crashChild() {}

@@ -1,0 +1,94 @@
+package btrfs
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/layerfs/layerfs"
+	"github.com/layerfs/layerfs/internal/btrfs"
+	"github.com/layerfs/layerfs/internal/lifecycle"
+)
+
+var errNoInodeQuota = errors.New("btrfs counts bytes and not inodes")
+
+// enableQuotas turns quotas on if the options ask for it, and notes why there
+// are none.
+func (m *mechanism) enableQuotas() error {
+	want := map[string]btrfs.QuotaMode{QuotasFull: btrfs.QuotaFull, QuotasSimple: btrfs.QuotaSimple}[m.opts.Quotas]
+	if want != btrfs.QuotaOff {
+		if err := btrfs.SetQuotaMode(m.home, want); err != nil {
+			return fmt.Errorf("turn quotas on: %w", err)
+		}
+		if want == btrfs.QuotaFull {
+			// The numbers are wrong, and limits hold by chance, until the end.
+			return btrfs.WaitRescan(context.Background(), m.home)
+		}
+		return nil
+	}
+	if m.opts.Quotas == QuotasOff {
+		m.quotas = errors.New("they are turned off by an option")
+		return nil
+	}
+	st, err := btrfs.ReadQuotaStatus(m.home)
+	switch {
+	case err != nil:
+		m.quotas = err
+	case st.Mode == btrfs.QuotaOff:
+		m.quotas = errors.New("quotas are off on this file system; Options.Quotas turns them on")
+	}
+	if m.quotas != nil && m.opts.Size > 0 {
+		return &layerfs.UnsupportedError{Feature: "a size limit of btrfs layers", Reason: m.quotas.Error()}
+	}
+	return nil
+}
+
+// checkQuota reports why a layer cannot have a quota.
+func (m *mechanism) checkQuota(q layerfs.Quota) error {
+	switch {
+	case q == (layerfs.Quota{}):
+		return nil
+	case q.Bytes < 0 || q.Inodes < 0:
+		return fmt.Errorf("quota of %d bytes and %d inodes is negative", q.Bytes, q.Inodes)
+	case q.Inodes > 0:
+		return &layerfs.UnsupportedError{Feature: "an inode quota of btrfs", Reason: errNoInodeQuota.Error()}
+	case m.quotas != nil:
+		return &layerfs.UnsupportedError{Feature: "a quota of btrfs", Reason: m.quotas.Error()}
+	case q.Bytes < m.opts.MinSpace:
+		return fmt.Errorf("quota of %d bytes is less than the minimum of %d", q.Bytes, m.opts.MinSpace)
+	}
+	return nil
+}
+
+// limit limits the exclusive bytes of the subvolume at path.
+func limit(path string, q layerfs.Quota) error {
+	if q.Bytes == 0 {
+		return nil
+	}
+	return btrfs.LimitQgroup(path, 0, 0, q.Bytes)
+}
+
+// SetQuota replaces the quota of a layer: the bytes it holds for itself. Inodes
+// cannot be limited.
+func (d *Driver) SetQuota(ctx context.Context, id string, q layerfs.Quota) error {
+	return lifecycle.Update(ctx, d.frame, "set quota", id, func(_ lifecycle.Chain, rec *lifecycle.Record) error {
+		if err := d.m.checkQuota(q); err != nil {
+			return err
+		}
+		if q.Bytes == 0 && rec.Quota.Bytes == 0 {
+			return nil
+		}
+		rec.Quota = q
+		return btrfs.LimitQgroup(d.m.Path(id), 0, 0, q.Bytes)
+	})
+}
+
+// quotaError tells a full layer from a full disk.
+func quotaError(err error) error {
+	if errors.Is(err, unix.EDQUOT) && !errors.Is(err, layerfs.ErrQuota) {
+		return fmt.Errorf("%w: %w", layerfs.ErrQuota, err)
+	}
+	return err
+}
