@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -23,6 +24,14 @@ func kernel() string {
 		return "Linux"
 	}
 	return "Linux " + unix.ByteSliceToString(u.Release[:]) + " " + unix.ByteSliceToString(u.Machine[:])
+}
+
+// load is how many processes wanted a CPU or a disk in the last minute; see
+// proc_loadavg(5).
+func load() (string, bool) {
+	b, err := os.ReadFile("/proc/loadavg")
+	first, _, ok := strings.Cut(string(b), " ")
+	return first, err == nil && ok
 }
 
 // measure takes the files of a tree out of the page cache, reads them all

@@ -16,6 +16,7 @@ type demoJSON struct {
 		FileSystem string `json:"file_system"`
 		Driver     string `json:"driver"`
 		Durability string `json:"durability"`
+		Load       string `json:"load,omitempty"` // of the last minute
 	} `json:"host"`
 	Import struct {
 		From    string        `json:"from"`
@@ -71,7 +72,6 @@ type demoMemory struct {
 	After      int64         `json:"after"`
 	Cold       time.Duration `json:"cold_read_ns"` // by the first container
 	Warm       time.Duration `json:"warm_read_ns"` // by the second, afterwards
-	Seen       int           `json:"containers"`   // that were looked from
 	CopyBefore int64         `json:"copy_before"`  // the same between two full copies
 	CopyAfter  int64         `json:"copy_after"`
 }

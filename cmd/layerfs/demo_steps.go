@@ -36,6 +36,10 @@ func (dm *demo) host(ctx context.Context) error {
 	}
 	dm.text.section("Host")
 	dm.text.say("%s, %d CPUs, user %d, %s at %s, durability %s", h.Kernel, h.CPUs, h.User, h.FileSystem, dm.temp, dm.a.durability)
+	if l, ok := load(); ok {
+		h.Load = l
+		dm.text.say("load %s: what else runs here shows in all times below", l)
+	}
 	for _, r := range reports {
 		switch {
 		case r.Driver == h.Driver:
@@ -284,9 +288,11 @@ func isLeaf(dir string) bool {
 	return err == nil && len(entries) > 0 && !slices.ContainsFunc(entries, func(e fs.DirEntry) bool { return !e.Type().IsRegular() })
 }
 
-// copies brings both layers to the driver of full copies, and makes one copy.
+// copies brings the tree of both layers to the driver of full copies, as one
+// layer, and makes one copy.
 func (dm *demo) copies(ctx context.Context) error {
-	if err := transfer.Copy(ctx, dm.d, dm.full, layerID, &transfer.Options{Apply: *dm.applyOptions()}); err != nil {
+	whole := func(ctx context.Context) (io.ReadCloser, error) { return dm.d.Diff(ctx, layerID, "", nil) }
+	if _, err := transfer.Import(ctx, dm.full, layerID, "", whole, nil, dm.applyOptions()); err != nil {
 		return err
 	}
 	begin := time.Now()
@@ -442,7 +448,7 @@ func (dm *demo) elsewhere(ctx context.Context) (err error) {
 	df.Differences = len(differ)
 	dm.text.section("Write the changes as a layer and apply it elsewhere")
 	dm.text.say("written in %s: %s with zstd", humanTime(df.Time), humanBytes(df.Bytes))
-	dm.text.say("applied with driver %s on copies of both layers in %s", dm.full.Name(), humanTime(df.ApplyTime))
+	dm.text.say("applied with driver %s on a copy of both layers in %s", dm.full.Name(), humanTime(df.ApplyTime))
 	if df.Differences > 0 {
 		return fmt.Errorf("the two trees differ in %d places: %v", len(differ), differ)
 	}
@@ -457,11 +463,13 @@ func (dm *demo) memory(ctx context.Context) error {
 		dm.text.say("not measured: it takes two containers")
 		return nil
 	}
+	// Not the first one if there are more, as it has files of its own by now.
+	reader, other := 0, 1
+	if len(dm.paths) > 2 {
+		reader, other = 1, min(len(dm.paths)-1, 4)
+	}
 	m := new(demoMemory)
-	// Not the first one, which has files of its own by now.
-	others := dm.paths[1:min(len(dm.paths), 5)]
-	m.Seen = len(others)
-	err := m.measure(ctx, others[0], others[len(others)-1])
+	err := m.measure(ctx, dm.paths[reader], dm.paths[other])
 	if errors.Is(err, errors.ErrUnsupported) {
 		dm.text.say("not measured: %v", err)
 		return nil
@@ -473,8 +481,8 @@ func (dm *demo) memory(ctx context.Context) error {
 		return err
 	}
 	dm.r.Memory = m
-	dm.text.say("container 2 reads all %s from disk in %s", humanBytes(m.Bytes), humanTime(m.Cold))
-	dm.text.say("container %d, which has read nothing, finds in the page cache (mincore(2)):", m.Seen+1)
+	dm.text.say("container %d reads all %s from disk in %s", reader+1, humanBytes(m.Bytes), humanTime(m.Cold))
+	dm.text.say("container %d, which has read nothing, finds in the page cache (mincore(2)):", other+1)
 	dm.text.say("    %s before, %s after (%.0f %%)", humanBytes(m.Before), humanBytes(m.After), percent(m.After, m.Bytes))
 	dm.text.say("    and reads it all in %s", humanTime(m.Warm))
 	dm.text.say("between two full copies:  %s before, %s after (%.0f %%)", humanBytes(m.CopyBefore), humanBytes(m.CopyAfter), percent(m.CopyAfter, m.Bytes))
@@ -495,6 +503,10 @@ func percent(part, all int64) float64 {
 
 // copyMemory measures the same between two full copies.
 func (dm *demo) copyMemory(ctx context.Context, m *demoMemory) (err error) {
+	if !dm.d.Features().ConstantCreate { // its containers are full copies
+		m.CopyBefore, m.CopyAfter = m.Before, m.After
+		return nil
+	}
 	var paths []string
 	for _, id := range []string{layerID, copyID} {
 		path, err := dm.full.Get(ctx, id, nil)

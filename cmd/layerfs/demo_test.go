@@ -60,13 +60,19 @@ func TestDemo(t *testing.T) {
 }
 
 func TestDemo_json(t *testing.T) {
+	for _, n := range []int{2, 3} { // the page cache is looked at from other containers
+		t.Run(fmt.Sprint("containers=", n), func(t *testing.T) { testDemoJSON(t, n) })
+	}
+}
+
+func testDemoJSON(t *testing.T, containers int) {
 	eachDriver(t, func(t *testing.T, s *shell) {
-		got := decode[demoJSON](t, s.ok("--json", "demo", "--from", sources(t), "--dir", demoDir(t), "--containers", "3"))
+		got := decode[demoJSON](t, s.ok("--json", "demo", "--from", sources(t), "--dir", demoDir(t), "--containers", fmt.Sprint(containers)))
 		require.Len(t, got, 1)
 		r := got[0]
 		assert.Equal(t, s.driver, r.Host.Driver)
 		assert.Equal(t, int64(820_000), r.Import.Bytes)
-		assert.Equal(t, 3, r.Containers.Count)
+		assert.Equal(t, containers, r.Containers.Count)
 		assert.True(t, 0 < r.Containers.Min && r.Containers.Min <= r.Containers.Median && r.Containers.Median <= r.Containers.Max)
 		assert.Positive(t, r.FullCopy.Time)
 		assert.GreaterOrEqual(t, r.FullCopy.Bytes, int64(820_000))
@@ -75,12 +81,12 @@ func TestDemo_json(t *testing.T) {
 		assert.Zero(t, r.Diff.Differences)
 		assert.Positive(t, r.Diff.Bytes)
 		if s.driver == "overlay" {
-			assert.Less(t, r.Containers.Bytes, r.FullCopy.Bytes, "three containers take less than one copy")
+			assert.Less(t, r.Containers.Bytes, r.FullCopy.Bytes, "they take less than one copy")
 		}
 		if m := r.Memory; m != nil {
 			assert.Less(t, m.CopyAfter, m.Bytes/2, "copies share no memory")
 			if s.driver == "overlay" {
-				assert.Greater(t, m.After, m.Bytes*9/10)
+				assert.Greater(t, m.After, m.Bytes*8/10)
 				assert.Less(t, m.Before, m.Bytes/10)
 			}
 		}
