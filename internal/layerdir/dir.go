@@ -23,6 +23,7 @@ type Dir struct {
 
 	dir   string // immutable
 	sync  bool   // immutable; false for durability none
+	boot  string // immutable
 	cache sync.Map
 	temp  atomic.Uint64 // numbers temporary names of this process
 }
@@ -30,7 +31,7 @@ type Dir struct {
 // Open opens the state directory in home, which must exist, and makes it if it
 // is new. The error matches errors.ErrUnsupported if a later version made it.
 func Open(home string, durability layerfs.Durability) (*Dir, error) {
-	d := &Dir{dir: filepath.Join(home, ".layerfs"), sync: durability != layerfs.DurabilityNone}
+	d := &Dir{dir: filepath.Join(home, ".layerfs"), sync: durability != layerfs.DurabilityNone, boot: BootID()}
 	for _, sub := range []string{"", "records", "removed", "children", "persist", "build"} {
 		if err := os.Mkdir(d.path(sub), 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
 			return nil, err

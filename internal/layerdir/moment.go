@@ -12,12 +12,12 @@ type Moment struct {
 }
 
 // Now returns this moment; the zero Moment where there is no such clock.
-func Now() Moment {
+func (d *Dir) Now() Moment {
 	up, ok := uptime()
 	if !ok {
 		return Moment{}
 	}
-	return Moment{Time: time.Now().UTC(), Boot: BootID(), Since: up}
+	return Moment{Time: time.Now().UTC(), Boot: d.boot, Since: up}
 }
 
 // slack is how far the clocks may drift apart or be read apart.
@@ -26,8 +26,8 @@ const slack = time.Second
 // Reliable returns the time of a moment, or the zero time if the clock may have
 // been set back since: another boot, or less time went by on the clock than on
 // the one that nobody sets.
-func (m Moment) Reliable() time.Time {
-	now := Now()
+func (d *Dir) Reliable(m Moment) time.Time {
+	now := d.Now()
 	if m.Boot == "" || m.Boot != now.Boot || now.Time.Sub(m.Time) < now.Since-m.Since-slack {
 		return time.Time{}
 	}

@@ -8,19 +8,20 @@ import (
 )
 
 func TestMoment(t *testing.T) {
-	now := Now()
+	d := mustOpen(t, t.TempDir())
+	now := d.Now()
 	if now == (Moment{}) {
-		require.Zero(t, now.Reliable())
+		require.Zero(t, d.Reliable(now))
 		t.Skip("no clock that nobody sets on this system")
 	}
-	require.Equal(t, now.Time, now.Reliable())
+	require.Equal(t, now.Time, d.Reliable(now))
 
 	back := now // made before the clock was set back by an hour
 	back.Time = back.Time.Add(time.Hour)
-	require.Zero(t, back.Reliable())
+	require.Zero(t, d.Reliable(back))
 
 	boot := now
 	boot.Boot = "an earlier one"
-	require.Zero(t, boot.Reliable())
-	require.Zero(t, Moment{}.Reliable())
+	require.Zero(t, d.Reliable(boot))
+	require.Zero(t, d.Reliable(Moment{}))
 }

@@ -33,7 +33,7 @@ func (d *Dir) Persistent(id string) (Persistent, error) {
 	if err := json.Unmarshal(b, &p); err != nil {
 		return Persistent{}, fmt.Errorf("persistent gets of %s: %w", id, err)
 	}
-	if p.Boot != BootID() {
+	if p.Boot != d.boot {
 		return Persistent{}, nil
 	}
 	return p, nil
@@ -45,7 +45,7 @@ func (d *Dir) SetPersistent(id string, p Persistent) error {
 	if p.Count == 0 && !p.Mapped {
 		return unlink(d.path("persist", id))
 	}
-	p.Boot = BootID()
+	p.Boot = d.boot
 	b, err := json.Marshal(p)
 	if err != nil {
 		return err

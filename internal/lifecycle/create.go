@@ -21,7 +21,7 @@ func (d *Driver) Create(ctx context.Context, id, parent string, opts *layerfs.Cr
 			return err
 		}
 		if parent != "" {
-			rec.Copied = layerdir.Now()
+			rec.Copied = d.dir.Now()
 		}
 		return nil
 	})

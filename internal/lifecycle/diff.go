@@ -104,7 +104,7 @@ func (d *Driver) compare(ctx context.Context, chain Chain, base int, progress la
 	defer func() { err = errors.Join(err, older.Release()) }()
 	opts := &archive.CompareOptions{Progress: progress}
 	if base == 1 {
-		opts.Since = chain.Layer().Copied.Reliable()
+		opts.Since = d.dir.Reliable(chain.Layer().Copied)
 	}
 	for c, err := range archive.Compare(ctx, older.Path, newer.Path, opts) {
 		if err != nil {
