@@ -11,6 +11,7 @@ import (
 	"strings"
 
 	"github.com/layerfs/layerfs"
+	"github.com/layerfs/layerfs/btrfs"
 	"github.com/layerfs/layerfs/overlay"
 	"github.com/layerfs/layerfs/vfs"
 )
@@ -38,6 +39,9 @@ type Options struct {
 
 	// Overlay are the options of package overlay, if it is chosen.
 	Overlay *overlay.Options
+
+	// Btrfs are the options of package btrfs, if it is chosen.
+	Btrfs *btrfs.Options
 
 	// VFS are the options of package vfs, if it is chosen.
 	VFS *vfs.Options

@@ -128,6 +128,38 @@ func TestProbe(t *testing.T) {
 	assert.Equal(t, auto.Drivers(), names)
 }
 
+// On btrfs, overlay still comes first, and btrfs works and leaves no subvolume.
+func TestProbe_btrfs(t *testing.T) {
+	testenv.RequireRoot(t)
+	root := testenv.Btrfs(t, 128)
+	reports, err := auto.Probe(t.Context(), root)
+	require.NoError(t, err)
+	entries, err := os.ReadDir(root)
+	require.NoError(t, err)
+	assert.Empty(t, entries)
+	for _, r := range reports {
+		if r.Driver == "btrfs" {
+			assert.NoError(t, r.Err)
+		}
+	}
+	d := open(t, root, &auto.Options{Priority: []string{"btrfs"}})
+	assert.Equal(t, "btrfs", d.Name())
+	require.NoError(t, d.Create(t.Context(), "base", "", nil))
+	assert.Equal(t, "btrfs", open(t, root, nil).Name(), "its layers are there")
+	require.NoError(t, d.Remove(t.Context(), "base"))
+}
+
+func TestOpen_btrfsElsewhere(t *testing.T) {
+	root := t.TempDir()
+	_, err := auto.Open(root, &auto.Options{Driver: "btrfs"})
+	if errors.Is(err, errors.ErrUnsupported) {
+		d := open(t, root, &auto.Options{Priority: []string{"btrfs", "vfs"}})
+		assert.Equal(t, "vfs", d.Name())
+		return
+	}
+	require.NoError(t, err, "unless the tests run on btrfs")
+}
+
 func tree(t *testing.T, root string) (paths []string) {
 	t.Helper()
 	require.NoError(t, filepath.WalkDir(root, func(path string, _ fs.DirEntry, err error) error {

@@ -5,6 +5,7 @@ import (
 	"path/filepath"
 
 	"github.com/layerfs/layerfs"
+	"github.com/layerfs/layerfs/btrfs"
 	"github.com/layerfs/layerfs/overlay"
 	"github.com/layerfs/layerfs/vfs"
 )
@@ -34,6 +35,14 @@ func backends() []backend {
 				opts := copied(o.Overlay)
 				common(o, &opts.Durability, &opts.Logger)
 				return opened(overlay.New(root, opts))
+			},
+		},
+		{
+			name: "btrfs",
+			open: func(root string, o *Options) (layerfs.Driver, error) {
+				opts := copied(o.Btrfs)
+				common(o, &opts.Durability, &opts.Logger)
+				return opened(btrfs.New(root, opts))
 			},
 		},
 		{

@@ -29,10 +29,11 @@ func sources(t *testing.T) string {
 	return dir
 }
 
-// demoDir is where a demo works: on the file system of the tests.
-func demoDir(t *testing.T) string {
+// demoDir is where a demo works.
+func demoDir(t *testing.T, driver string) string {
 	t.Helper()
-	dir := t.TempDir()
+	dir := filepath.Join(scratch(t, driver), "demo")
+	require.NoError(t, os.Mkdir(dir, 0o755))
 	t.Cleanup(func() {
 		left, err := os.ReadDir(dir)
 		assert.NoError(t, err)
@@ -43,7 +44,7 @@ func demoDir(t *testing.T) string {
 
 func TestDemo(t *testing.T) {
 	eachDriver(t, func(t *testing.T, s *shell) {
-		out := s.ok("demo", "--from", sources(t), "--dir", demoDir(t), "--containers", "4")
+		out := s.ok("demo", "--from", sources(t), "--dir", demoDir(t, s.driver), "--containers", "4")
 		for _, want := range []string{
 			"\nHost\n", s.driver + " ", "is used",
 			"as a base layer\n", "49 entries with 820 kB of content",
@@ -67,7 +68,7 @@ func TestDemo_json(t *testing.T) {
 
 func testDemoJSON(t *testing.T, containers int) {
 	eachDriver(t, func(t *testing.T, s *shell) {
-		got := decode[demoJSON](t, s.ok("--json", "demo", "--from", sources(t), "--dir", demoDir(t), "--containers", fmt.Sprint(containers)))
+		got := decode[demoJSON](t, s.ok("--json", "demo", "--from", sources(t), "--dir", demoDir(t, s.driver), "--containers", fmt.Sprint(containers)))
 		require.Len(t, got, 1)
 		r := got[0]
 		assert.Equal(t, s.driver, r.Host.Driver)
@@ -96,6 +97,7 @@ func testDemoJSON(t *testing.T, containers int) {
 func TestDemo_unprivileged(t *testing.T) {
 	testenv.Unprivileged(t, func(t *testing.T) {
 		s := newShell(t, "vfs")
+		dir := demoDir(t, "vfs")
 		s.driver = ""
 		from := sources(t)
 		// As in the module cache, where Go keeps toolchains that it fetches.
@@ -108,7 +110,7 @@ func TestDemo_unprivileged(t *testing.T) {
 		t.Cleanup(func() {
 			_ = filepath.WalkDir(from, func(path string, _ os.DirEntry, _ error) error { return os.Chmod(path, 0o755) })
 		})
-		out := s.ok("demo", "--from", from, "--dir", demoDir(t))
+		out := s.ok("demo", "--from", from, "--dir", dir)
 		assert.Contains(t, out, "Start 3 containers")
 		assert.Contains(t, out, "vfs           is used")
 	})
@@ -117,7 +119,7 @@ func TestDemo_unprivileged(t *testing.T) {
 // A tree with nothing in it has nothing to delete or rename, which is no error.
 func TestDemo_emptyTree(t *testing.T) {
 	s := newShell(t, "vfs")
-	out := s.ok("demo", "--from", t.TempDir(), "--dir", demoDir(t), "--containers", "1")
+	out := s.ok("demo", "--from", t.TempDir(), "--dir", demoDir(t, s.driver), "--containers", "1")
 	assert.Contains(t, out, "write a new file")
 	assert.Contains(t, out, "not measured: it takes two containers")
 	assert.NotContains(t, out, "delete a ")
@@ -127,13 +129,13 @@ func TestDemo_emptyTree(t *testing.T) {
 func TestDemo_tar(t *testing.T) {
 	s := newShell(t, "vfs")
 	from := file(t, layer(t, "a/", "", "a/b", "1", "c/", "", "c/d", "22"))
-	out := s.ok("demo", "--from", from, "--dir", demoDir(t), "--containers", "1")
+	out := s.ok("demo", "--from", from, "--dir", demoDir(t, s.driver), "--containers", "1")
 	assert.Contains(t, out, "4 entries with 3 B of content")
 }
 
 func TestDemo_keep(t *testing.T) {
 	eachDriver(t, func(t *testing.T, s *shell) {
-		dir := t.TempDir()
+		dir := filepath.Dir(s.root)
 		out := s.ok("demo", "--from", sources(t), "--dir", dir, "--containers", "1", "--keep")
 		_, kept, ok := strings.Cut(out, "layerfs --root ")
 		require.True(t, ok, out)
@@ -141,12 +143,15 @@ func TestDemo_keep(t *testing.T) {
 		assert.True(t, strings.HasPrefix(s.root, dir))
 		assert.Equal(t, "base\nlayer\n", s.ok("-q", "ls"))
 		s.ok("rm", "layer", "base")
+		// The copies to compare with are beside them.
+		s.root, s.driver = filepath.Join(filepath.Dir(s.root), "elsewhere"), "vfs"
+		s.ok("rm", "copy", "layer")
 	})
 }
 
 func TestDemo_failures(t *testing.T) {
 	s := newShell(t, "vfs")
-	dir := demoDir(t)
+	dir := demoDir(t, s.driver)
 	assert.Contains(t, s.fails2(exitFailure, "demo", "--dir", dir, "--from", filepath.Join(dir, "none")), "no such file")
 	assert.Contains(t, s.fails2(exitInput, "demo", "--dir", dir, "--from", file(t, []byte(strings.Repeat("no tar ", 200)))), "malformed")
 	t.Setenv("PATH", "")
@@ -169,7 +174,7 @@ func TestDemo_interrupted(t *testing.T) {
 		interrupted := false
 		for _, after := range []time.Duration{0, time.Millisecond, 5 * time.Millisecond, 20 * time.Millisecond, 50 * time.Millisecond} {
 			ctx, cancel := context.WithTimeoutCause(t.Context(), after, context.Canceled)
-			code, _, errs := s.runContext(ctx, "demo", "--from", from, "--dir", demoDir(t), "--containers", "5")
+			code, _, errs := s.runContext(ctx, "demo", "--from", from, "--dir", demoDir(t, s.driver), "--containers", "5")
 			cancel()
 			if code != exitOK {
 				interrupted = true

@@ -33,15 +33,26 @@ type shell struct {
 
 func newShell(t *testing.T, driver string) *shell {
 	t.Helper()
-	if driver != "vfs" {
-		d, err := auto.Open(t.TempDir(), &auto.Options{Driver: driver})
-		testenv.SkipUnsupported(t, err, driver)
-		require.NoError(t, err)
-		require.NoError(t, d.Close())
-	}
-	s := &shell{t: t, root: filepath.Join(t.TempDir(), "root"), driver: driver, in: strings.NewReader("")}
+	s := &shell{t: t, root: filepath.Join(scratch(t, driver), "root"), driver: driver, in: strings.NewReader("")}
 	t.Cleanup(s.unmountAll)
 	return s
+}
+
+// scratch returns an empty directory in which a driver works.
+func scratch(t *testing.T, driver string) string {
+	t.Helper()
+	switch driver {
+	case "vfs":
+		return t.TempDir()
+	case "btrfs":
+		testenv.RequireRoot(t)
+		return testenv.Btrfs(t, 256)
+	}
+	d, err := auto.Open(t.TempDir(), &auto.Options{Driver: driver})
+	testenv.SkipUnsupported(t, err, driver)
+	require.NoError(t, err)
+	require.NoError(t, d.Close())
+	return t.TempDir()
 }
 
 // unmountAll keeps a test that failed from leaving mounts behind.
@@ -588,7 +599,7 @@ func TestDriverChoice(t *testing.T) {
 
 func TestOptions(t *testing.T) {
 	// Every option can be set, and shows up in the help.
-	values := map[string]string{"mount_option": "x=1,2", "mount_program": "/bin/true", "size": "1.5G", "inodes": "7", "workers": "2"}
+	values := map[string]string{"mount_option": "x=1,2", "mount_program": "/bin/true", "size": "1.5G", "min_space": "1M", "quotas": "simple", "inodes": "7", "workers": "2"}
 	s := newShell(t, "vfs")
 	help := s.ok("--help")
 	for _, o := range driverOptions() {
@@ -599,7 +610,7 @@ func TestOptions(t *testing.T) {
 		var opts auto.Options
 		item := fmt.Sprintf("%s.%s=%s", o.driver, o.key, value)
 		require.NoError(t, setDriverOptions(&opts, []string{item}))
-		zero := opts.Overlay == nil && opts.VFS == nil
+		zero := opts.Overlay == nil && opts.Btrfs == nil && opts.VFS == nil
 		assert.False(t, zero, item)
 		assert.Contains(t, help, o.driver+"."+o.key)
 	}

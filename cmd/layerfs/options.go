@@ -7,6 +7,7 @@ import (
 	"strings"
 
 	"github.com/layerfs/layerfs/auto"
+	"github.com/layerfs/layerfs/btrfs"
 	"github.com/layerfs/layerfs/overlay"
 	"github.com/layerfs/layerfs/vfs"
 )
@@ -24,6 +25,12 @@ func driverOptions() []driverOption {
 			o.Overlay = new(overlay.Options)
 		}
 		return o.Overlay
+	}
+	bt := func(o *auto.Options) *btrfs.Options {
+		if o.Btrfs == nil {
+			o.Btrfs = new(btrfs.Options)
+		}
+		return o.Btrfs
 	}
 	vf := func(o *auto.Options) *vfs.Options {
 		if o.VFS == nil {
@@ -60,6 +67,19 @@ func driverOptions() []driverOption {
 		}},
 		{"overlay", "inodes", "quota in files of layers without one of their own", func(o *auto.Options, v string) error {
 			return count(&ov(o).Quota.Inodes, v)
+		}},
+		{"btrfs", "size", "quota in bytes of layers without one of their own, such as 10G", func(o *auto.Options, v string) error {
+			return size(&bt(o).Size, v)
+		}},
+		{"btrfs", "min_space", "least quota in bytes that a layer may be given", func(o *auto.Options, v string) error {
+			return size(&bt(o).MinSpace, v)
+		}},
+		{"btrfs", "mount_label", "SELinux label of layers without one of their own", func(o *auto.Options, v string) error {
+			bt(o).MountLabel = v
+			return nil
+		}},
+		{"btrfs", "quotas", "off, or turn qgroups or simple quotas on for the whole file system; default: what is there", func(o *auto.Options, v string) error {
+			return choice(&bt(o).Quotas, v, btrfs.QuotasOff, btrfs.QuotasFull, btrfs.QuotasSimple)
 		}},
 		{"vfs", "ignore_owners", "on or off: all files belong to the caller", func(o *auto.Options, v string) error {
 			return boolean(&vf(o).IgnoreOwners, v)

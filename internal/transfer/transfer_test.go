@@ -25,7 +25,12 @@ func TestMain(m *testing.M) { os.Exit(testenv.Main(m)) }
 
 func open(t *testing.T, name string) layerfs.Driver {
 	t.Helper()
-	d, err := auto.Open(t.TempDir(), &auto.Options{
+	root := t.TempDir()
+	if name == "btrfs" {
+		testenv.RequireRoot(t)
+		root = testenv.Btrfs(t, 128)
+	}
+	d, err := auto.Open(root, &auto.Options{
 		Driver: name, Durability: layerfs.DurabilityNone,
 		VFS: &vfs.Options{IgnoreOwners: os.Geteuid() != 0},
 	})
