@@ -213,7 +213,7 @@ func prior(all []backend, root string) ([]backend, error) {
 }
 
 func find(all []backend, name string) (*backend, error) {
-	i := slices.IndexFunc(all, func(b backend) bool { return b.name == name })
+	i := slices.IndexFunc(all, func(b backend) bool { return name != "" && (b.name == name || b.dir == name) })
 	if i < 0 {
 		return nil, fmt.Errorf("driver %q is not one of %s", name, strings.Join(names(all), ", "))
 	}

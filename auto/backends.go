@@ -13,17 +13,28 @@ import (
 // backend is what has to be known of a driver before it is opened.
 type backend struct {
 	name string
+	// dir is the directory of its layers below a root, and another name by
+	// which it can be asked for; empty means the name.
+	dir string
 	// open opens the layers below a root.
 	open func(root string, o *Options) (layerfs.Driver, error)
 	// liveBase says that it comes first if a live base is wanted.
 	liveBase bool
+	// probe are options with which it can be tried without much ado; nil means
+	// the defaults.
+	probe *Options
 	// never has, by field of layerfs.Features, why the mechanism itself lacks
 	// an ability. It is used where the driver gives no reason.
 	never map[string]string
 }
 
 // home is the directory of a backend's layers.
-func (b *backend) home(root string) string { return filepath.Join(root, b.name) }
+func (b *backend) home(root string) string {
+	if b.dir != "" {
+		return filepath.Join(root, b.dir)
+	}
+	return filepath.Join(root, b.name)
+}
 
 // backends lists the backends in the default order of choice. The order is
 // Docker's, with the unions that share the page cache first.

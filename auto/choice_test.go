@@ -152,6 +152,24 @@ func TestChoice_keepsHomes(t *testing.T) {
 	assert.DirExists(t, filepath.Join(root, "overlay"))
 }
 
+// A backend may keep its layers under another name, by which it is known, too.
+func TestChoice_otherDirectory(t *testing.T) {
+	all := fakes(nil, "overlay", "devmapper")
+	all[1].dir = "devicemapper"
+	root := t.TempDir()
+	record(t, root, "devicemapper", "layer")
+	d, err := choose(all, root, nil)
+	require.NoError(t, err)
+	assert.Equal(t, "devmapper", d.Name())
+	for _, name := range []string{"devmapper", "devicemapper"} {
+		d, err := choose(all, t.TempDir(), &Options{Driver: name})
+		require.NoError(t, err)
+		assert.Equal(t, "devmapper", d.Name())
+	}
+	_, err = choose(all, root, &Options{Priority: []string{""}})
+	assert.ErrorContains(t, err, `""`)
+}
+
 func TestChoice_unreadableRoot(t *testing.T) {
 	root := filepath.Join(t.TempDir(), "file")
 	require.NoError(t, os.WriteFile(root, nil, 0o644))
@@ -228,6 +246,21 @@ func TestProbe_fakes(t *testing.T) {
 		entries, err := os.ReadDir(root)
 		require.NoError(t, err)
 		assert.Empty(t, entries)
+	})
+	t.Run("options-for-a-trial", func(t *testing.T) {
+		list := fakes(nil, "overlay", "vfs")
+		var got []*Options
+		for i := range list {
+			open := list[i].open
+			list[i].open = func(root string, o *Options) (layerfs.Driver, error) {
+				got = append(got, o)
+				return open(root, o)
+			}
+		}
+		list[0].probe = &Options{Durability: layerfs.DurabilityNone}
+		_, err := probe(t.Context(), list, t.TempDir())
+		require.NoError(t, err)
+		assert.Equal(t, []*Options{{Durability: layerfs.DurabilityNone}, {}}, got)
 	})
 	t.Run("root-missing", func(t *testing.T) {
 		parent := t.TempDir()

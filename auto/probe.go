@@ -74,8 +74,8 @@ func Describe(d layerfs.Driver) Report {
 	return r
 }
 
-// Probe opens every driver with default options in a temporary directory
-// below root, asks it what it can do, and removes the directory. If root does
+// Probe opens every driver with default options (in sizes that fit a trial) in
+// a temporary directory below root, asks it what it can do, and removes the directory. If root does
 // not exist, the nearest parent that does takes its place; neither it nor
 // anything in it is changed. The reports are in the default order of choice.
 //
@@ -107,7 +107,11 @@ func probe(ctx context.Context, all []backend, root string) (_ []Report, err err
 			return nil, err
 		}
 		r := Report{Driver: b.name, never: b.never}
-		d, err := b.open(temp, new(Options))
+		opts := b.probe
+		if opts == nil {
+			opts = new(Options)
+		}
+		d, err := b.open(temp, opts)
 		if err == nil {
 			r.Features, err = d.Features(), d.Close()
 		}
