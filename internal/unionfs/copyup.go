@@ -98,7 +98,7 @@ func (fs *FS) copyUpDir(parent *Node, name string, dir *Node, w *Branch) (*inst,
 	if err != nil {
 		return nil, err
 	}
-	nst, err := dressDir(pfd, tmp, &src, &st)
+	nst, err := fs.dressDir(pfd, tmp, &src, &st)
 	if err == nil {
 		err = unix.Renameat2(pfd, tmp, pfd, name, unix.RENAME_NOREPLACE)
 	}
@@ -134,13 +134,13 @@ func keepTimes(fd int) func() {
 }
 
 // dressDir gives the new directory tmp everything the source has.
-func dressDir(pfd int, tmp string, src *ref, st *unix.Stat_t) (nst unix.Stat_t, err error) {
+func (fs *FS) dressDir(pfd int, tmp string, src *ref, st *unix.Stat_t) (nst unix.Stat_t, err error) {
 	fd, err := unix.Openat(pfd, tmp, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return nst, err
 	}
 	defer unix.Close(fd)
-	if err := dress(fd, src, st); err != nil {
+	if err := fs.dress(fd, src, st); err != nil {
 		return nst, err
 	}
 	return nst, unix.Fstat(fd, &nst)
@@ -148,7 +148,7 @@ func dressDir(pfd int, tmp string, src *ref, st *unix.Stat_t) (nst unix.Stat_t, 
 
 // dress copies owner, xattrs, mode and times of src to the open file fd. What
 // the parent's default ACL put on the new file is removed.
-func dress(fd int, src *ref, st *unix.Stat_t) error {
+func (fs *FS) dress(fd int, src *ref, st *unix.Stat_t) error {
 	if err := unix.Fchown(fd, int(st.Uid), int(st.Gid)); err != nil {
 		return err
 	}
@@ -171,6 +171,9 @@ func dress(fd int, src *ref, st *unix.Stat_t) error {
 		return err
 	}
 	for _, x := range names {
+		if fs.format.PrivateXattr(x) {
+			continue // what a lower directory hides, it goes on hiding itself
+		}
 		v, err := src.xattr(x)
 		if err == unix.ENODATA {
 			continue
@@ -391,7 +394,7 @@ func (fs *FS) copyRegular(c *dup, pfd int, name string, w *Branch, src *ref, st 
 	}
 	var fref ref
 	fref.fd = in
-	return dress(c.fd, &fref, st)
+	return fs.dress(c.fd, &fref, st)
 }
 
 // copyData copies the first size bytes of in, a file of full bytes, to the

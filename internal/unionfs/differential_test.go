@@ -180,6 +180,10 @@ func errText(err error) string {
 // history runs one random history and compares after every step. EXDEV from
 // the union is followed by a skip of the step on the plain side.
 func history(t testing.TB, seed uint64, steps int, cfg func(*Config)) {
+	historyOf(t, seed, steps, true, cfg)
+}
+
+func historyOf(t testing.TB, seed uint64, steps int, links bool, cfg func(*Config)) {
 	r := rand.New(rand.NewPCG(seed, 1))
 	base, err := os.MkdirTemp("/dev/shm", "unionfs")
 	require.NoError(t, err)
@@ -194,7 +198,7 @@ func history(t testing.TB, seed uint64, steps int, cfg func(*Config)) {
 		require.NoError(t, os.Mkdir(fmt.Sprintf("%s/l%d", base, i), 0o755))
 	}
 	for i := range nLower {
-		seedTree(t, r, fmt.Sprintf("%s/l%d", base, i))
+		seedTree(t, r, fmt.Sprintf("%s/l%d", base, i), links)
 		specs = append(specs, BranchSpec{fmt.Sprintf("%s/l%d", base, i), RO})
 	}
 	c := Config{Branches: specs}
@@ -228,6 +232,9 @@ func history(t testing.TB, seed uint64, steps int, cfg func(*Config)) {
 	var kept []*Node
 	for k := range steps {
 		o := randomOp(r, k)
+		if !links && strings.HasPrefix(o.name, "link") {
+			continue
+		}
 		uerr := o.union(u)
 		if uerr == unix.EXDEV {
 			log = append(log, o.name+" = EXDEV")
@@ -327,8 +334,18 @@ func TestDifferentialPlain(t *testing.T) {
 	}
 	for seed := first; seed < first+uint64(n); seed++ {
 		history(t, seed, 60, nil)
-		if t.Failed() {
-			return
+	}
+}
+
+// TestDifferentialOverlay is the same with the formats of overlayfs, whose
+// copies break hard links, so the trees have none.
+func TestDifferentialOverlay(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("trusted xattrs need root")
+	}
+	for _, user := range []bool{false, true} {
+		for seed := uint64(1); seed <= 150; seed++ {
+			historyOf(t, seed, 60, false, func(c *Config) { c.Format = Overlay{User: user} })
 		}
 	}
 }

@@ -248,7 +248,7 @@ func plainTree(t testing.TB, root string) []line {
 }
 
 // seedTree fills a plain directory with a random tree.
-func seedTree(t testing.TB, r *rand.Rand, root string) {
+func seedTree(t testing.TB, r *rand.Rand, root string, links bool) {
 	t.Helper()
 	dirs := []string{""}
 	var files []string
@@ -265,7 +265,7 @@ func seedTree(t testing.TB, r *rand.Rand, root string) {
 		case 3:
 			require.NoError(t, os.Symlink("x"+p, root+p))
 		case 4:
-			if len(files) > 0 {
+			if links && len(files) > 0 {
 				require.NoError(t, os.Link(root+files[r.IntN(len(files))], root+p))
 				continue
 			}

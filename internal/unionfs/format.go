@@ -37,6 +37,9 @@ type Format interface {
 	// Listed says what a listed name of type typ (DT_*) is, and for
 	// a Whiteout which name it hides.
 	Listed(name string, typ uint8, wh bool) (Kind, string)
+	// XattrWhiteouts reports whether a listed regular file of fd may be
+	// a whiteout.
+	XattrWhiteouts(fd int) bool
 	// Opaque reports whether fd hides the directories below.
 	Opaque(fd int) (bool, error)
 	// SetOpaque makes fd opaque.
@@ -77,6 +80,7 @@ func hasPrefix(s, p string) bool { return len(s) >= len(p) && s[:len(p)] == p }
 // .wh..wh.NAME.<4 hex>.
 func tempName(name string, n uint64) string {
 	const digits = "0123456789abcdef"
+	name = name[:min(len(name), aufsMaxLen)]
 	return whMeta + name + "." + string([]byte{digits[n>>12&15], digits[n>>8&15], digits[n>>4&15], digits[n&15]})
 }
 
@@ -162,6 +166,9 @@ func (AUFS) Listed(name string, _ uint8, wh bool) (Kind, string) {
 	}
 	return Whiteout, name[len(whPrefix):]
 }
+
+// XattrWhiteouts is always false.
+func (AUFS) XattrWhiteouts(int) bool { return false }
 
 // Opaque looks for .wh..wh..opq.
 func (AUFS) Opaque(fd int) (bool, error) {

@@ -53,6 +53,7 @@ type Repaired struct {
 // errno values, since a kernel is the usual caller.
 type FS struct {
 	format      Format
+	aufs        bool // the format has its own files in the root of a branch
 	noPlink     bool
 	sum         bool
 	watch       Watcher
@@ -108,6 +109,9 @@ func Open(cfg *Config) (*FS, []Repaired, error) {
 	fs.bufs.New = func() any { b := make([]byte, 32<<10); return &b }
 	if fs.format == nil {
 		fs.format = AUFS{}
+	}
+	if _, fs.aufs = fs.format.(AUFS); !fs.aufs {
+		fs.noPlink = true // overlayfs has no place for pseudo-links
 	}
 	if fs.log == nil {
 		fs.log = slog.New(slog.DiscardHandler)

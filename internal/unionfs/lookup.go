@@ -484,8 +484,12 @@ func (fs *FS) listLocked(dir *Node) (*listing, error) {
 			}
 			l.ents = append(l.ents, DirEntry{Name: e.name, Ino: e.ino, Type: e.typ, top: i})
 		}
+		files := wh && fs.format.XattrWhiteouts(fd)
 		err = listDir(fd, *bp, func(e dirent) error {
 			kind, target := fs.format.Listed(e.name, e.typ, wh)
+			if files && kind == Entry && e.typ == unix.DT_REG {
+				kind = Unsure
+			}
 			switch kind {
 			case Entry:
 				if len(e.name) <= maxName {

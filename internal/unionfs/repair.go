@@ -46,6 +46,9 @@ func (fs *FS) join(b *Branch, skipRepair bool) (done []Repaired, err error) {
 
 // furnish makes the base of whiteouts and the two directories (rule 2 F6).
 func (fs *FS) furnish(b *Branch) error {
+	if !fs.aufs {
+		return nil
+	}
 	if err := mkfile(b.root, whBase, 0o444); err != nil {
 		return err
 	}
@@ -85,9 +88,18 @@ func (fs *FS) leave(b *Branch) error {
 	return nil
 }
 
-func (fs *FS) orphanDir(b *Branch) (int, error) { return openDirAt(b.root, whOrphan) }
+// orphanDir opens the directory in which files without a name are made.
+func (fs *FS) orphanDir(b *Branch) (int, error) {
+	if !fs.aufs {
+		return openDirAt(b.root, ".")
+	}
+	return openDirAt(b.root, whOrphan)
+}
 
 func (fs *FS) emptyOrphans(b *Branch, done *[]Repaired) error {
+	if !fs.aufs {
+		return nil
+	}
 	d, err := fs.orphanDir(b)
 	if err != nil {
 		return err
