@@ -51,6 +51,16 @@ type Options struct {
 // order of choice.
 func Drivers() []string { return names(backends()) }
 
+// Lookup returns the name of a driver that is named as people do: by its name
+// or by the directory of its layers. The error names all drivers.
+func Lookup(name string) (string, error) {
+	b, err := find(backends(), name)
+	if err != nil {
+		return "", err
+	}
+	return b.name, nil
+}
+
 // Open opens the driver that fits root, which is made if it is new; see the
 // package documentation for the choice. opts may be nil.
 //

@@ -128,6 +128,16 @@ func TestProbe(t *testing.T) {
 	assert.Equal(t, auto.Drivers(), names)
 }
 
+func TestLookup(t *testing.T) {
+	for _, name := range auto.Drivers() {
+		got, err := auto.Lookup(name)
+		assert.NoError(t, err)
+		assert.Equal(t, name, got)
+	}
+	_, err := auto.Lookup("zip")
+	assert.ErrorContains(t, err, `"zip" is not one of overlay, `)
+}
+
 // On btrfs, overlay still comes first, and btrfs works and leaves no subvolume.
 func TestProbe_btrfs(t *testing.T) {
 	testenv.RequireRoot(t)

@@ -186,10 +186,10 @@ func (a *app) options(p place) (*auto.Options, error) {
 		opts.Logger = slog.New(slog.NewTextHandler(a.err, &slog.HandlerOptions{Level: slog.LevelDebug}))
 	}
 	if p.driver != "" {
-		if err := knownDriver(p.driver); err != nil {
+		if opts.Driver, err = knownDriver(p.driver); err != nil {
 			return nil, err
 		}
-		if err := applicable(p.opts, p.driver); err != nil {
+		if err := applicable(p.opts, opts.Driver); err != nil {
 			return nil, err
 		}
 	}

@@ -337,8 +337,8 @@ func (dm *demo) start(ctx context.Context) error {
 	dm.text.section("Start %d containers on it", c.Count)
 	dm.text.say("to create and mount one: %s (median; %s to %s)", humanTime(c.Median), humanTime(c.Min), humanTime(c.Max))
 	dm.text.say("a full copy instead:     %s (one, from a warm cache), %s times as long", humanTime(full.Time), times(full.Time.Seconds(), c.Median.Seconds()))
-	dm.text.say("on disk each takes:      %s, and a full copy %s, %s times as much", humanBytes(each), humanBytes(full.Bytes), times(float64(full.Bytes), float64(each)))
-	dm.text.say("on disk all %d take:     %s, and as full copies they would take %s", c.Count, humanBytes(c.Bytes), humanBytes(full.Bytes*int64(c.Count)))
+	dm.text.say("each holds for itself:   %s on disk, and a full copy %s, %s times as much", humanBytes(each), humanBytes(full.Bytes), times(float64(full.Bytes), float64(each)))
+	dm.text.say("all %d hold together:   %s, and as full copies they would hold %s", c.Count, humanBytes(c.Bytes), humanBytes(full.Bytes*int64(c.Count)))
 	return nil
 }
 

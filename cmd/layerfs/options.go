@@ -141,7 +141,7 @@ func unknownOption(all []driverOption, driver, key string) error {
 		}
 	}
 	if keys == nil {
-		if err := knownDriver(driver); err != nil {
+		if _, err := knownDriver(driver); err != nil {
 			return err
 		}
 		return usagef("driver %s has no options", driver)
@@ -149,11 +149,12 @@ func unknownOption(all []driverOption, driver, key string) error {
 	return usagef("driver %s has no option %q; it has %s", driver, key, strings.Join(keys, ", "))
 }
 
-func knownDriver(name string) error {
-	if slices.Contains(auto.Drivers(), name) {
-		return nil
+func knownDriver(name string) (string, error) {
+	name, err := auto.Lookup(name)
+	if err != nil {
+		return "", usageError{err}
 	}
-	return usagef("driver %q is not one of %s", name, strings.Join(auto.Drivers(), ", "))
+	return name, nil
 }
 
 // applicable makes sure that no option is for another driver.
