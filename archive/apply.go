@@ -8,59 +8,25 @@ import (
 	"time"
 
 	"github.com/layerfs/layerfs"
+	"github.com/layerfs/layerfs/whiteout"
 )
 
-// Form says what the directory of an [Apply] is, and so how a deletion is
-// recorded in it.
-type Form uint8
+// Merged is the form of a directory that holds the layers below, too: a
+// deletion is carried out and leaves no whiteout. For vfs, btrfs, zfs and block
+// devices.
+const Merged whiteout.Form = 0
 
-// The forms.
-const (
-	// Merged is a directory that holds the layers below, too: deletions are
-	// carried out. For vfs, btrfs, zfs and block devices.
-	Merged Form = iota
-	// AUFS is a branch of its own: whiteouts are kept as files.
-	AUFS
-	// Overlay is an upper directory of overlayfs: character devices 0/0 and
-	// trusted.overlay.opaque.
-	Overlay
-	// OverlayUser is the same for mounts with userxattr: user.overlay.opaque.
-	OverlayUser
-	// OverlayXattr has xattr whiteouts (Linux 6.7) instead of devices, for
-	// lower layers made without CAP_MKNOD. Such whiteouts are not honoured in
-	// an upper directory.
-	OverlayXattr
-	// OverlayUserXattr is the same with user.overlay xattrs.
-	OverlayUserXattr
-)
-
-// String returns the name of the form, such as "overlay-user".
-func (f Form) String() string {
-	names := [...]string{"merged", "aufs", "overlay", "overlay-user", "overlay-xattr", "overlay-user-xattr"}
-	if int(f) < len(names) {
-		return names[f]
-	}
-	return fmt.Sprintf("Form(%d)", uint8(f))
-}
-
-// overlay reports whether f is one of overlayfs, whose xattrs are reserved.
-func (f Form) overlay() bool { return f >= Overlay && f <= OverlayUserXattr }
-
-// namespace is what the xattrs of overlayfs start with.
-func (f Form) namespace() string {
-	if f == OverlayUser || f == OverlayUserXattr {
-		return "user.overlay."
-	}
-	return "trusted.overlay."
-}
+// isOverlay reports whether f is one of overlayfs, whose xattrs are reserved.
+func isOverlay(f whiteout.Form) bool { return f.Prefix() != "" }
 
 // ApplyOptions are the options of [Apply]. The zero value makes a merged tree
 // with everything the stream has.
 type ApplyOptions struct {
 	layerfs.ApplyOptions
 
-	// Form is what the directory is.
-	Form Form
+	// Form is what the directory is, and so how a deletion is recorded in it:
+	// [Merged], or that of an AUFS branch or an upper directory of overlayfs.
+	Form whiteout.Form
 
 	// Lowers are the directories of the layers below, the top one first, in
 	// the same form; not for [Merged], where dir holds what is below. Paths
@@ -97,8 +63,8 @@ type ApplyOptions struct {
 
 func (o *ApplyOptions) validate() error {
 	var errs []error
-	if o.Form > OverlayUserXattr {
-		errs = append(errs, fmt.Errorf("form %s is unknown", o.Form))
+	if o.Form > whiteout.OverlayUserXattr {
+		errs = append(errs, fmt.Errorf("%s is unknown", o.Form))
 	}
 	if o.Form == Merged && len(o.Lowers) > 0 {
 		errs = append(errs, errors.New("a merged tree has no lower layers of its own"))

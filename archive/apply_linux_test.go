@@ -23,6 +23,7 @@ import (
 	"github.com/layerfs/layerfs/archive"
 	"github.com/layerfs/layerfs/internal/testenv"
 	"github.com/layerfs/layerfs/internal/tree"
+	"github.com/layerfs/layerfs/whiteout"
 )
 
 // requireSame fails the test if two trees differ.
@@ -294,7 +295,7 @@ func TestLayerOrder(t *testing.T) {
 				for _, drop := range []bool{false, true} {
 					upper := filepath.Join(sub+fmt.Sprint("overlay", drop), "upper")
 					require.NoError(t, os.MkdirAll(upper, 0o755))
-					opts := &archive.ApplyOptions{Form: archive.Overlay, Lowers: []string{lower}, DropWhiteouts: drop}
+					opts := &archive.ApplyOptions{Form: whiteout.Overlay, Lowers: []string{lower}, DropWhiteouts: drop}
 					if i%2 == 1 {
 						archive.NoOpenat2(opts)
 					}
@@ -303,7 +304,7 @@ func TestLayerOrder(t *testing.T) {
 
 					// The same as a stream again, in the form of other tools.
 					var again bytes.Buffer
-					_, err := archive.WriteUpper(t.Context(), &again, upper, archive.Overlay, nil)
+					_, err := archive.WriteUpper(t.Context(), &again, upper, whiteout.Overlay, nil)
 					require.NoError(t, err)
 					back := sub + fmt.Sprint("back", drop)
 					tree.Build(t, back, tt.base...)
@@ -313,10 +314,10 @@ func TestLayerOrder(t *testing.T) {
 
 				branch := sub + "aufs"
 				require.NoError(t, os.Mkdir(branch, 0o755))
-				require.NoError(t, applyBytes(t, branch, stream, &archive.ApplyOptions{Form: archive.AUFS, Lowers: []string{lower}}))
+				require.NoError(t, applyBytes(t, branch, stream, &archive.ApplyOptions{Form: whiteout.AUFS, Lowers: []string{lower}}))
 				requireNoAUFSClash(t, branch)
 				var again bytes.Buffer
-				_, err := archive.WriteUpper(t.Context(), &again, branch, archive.AUFS, nil)
+				_, err := archive.WriteUpper(t.Context(), &again, branch, whiteout.AUFS, nil)
 				require.NoError(t, err)
 				back := sub + "aufsback"
 				tree.Build(t, back, tt.base...)
@@ -534,10 +535,10 @@ func TestApplyDevices(t *testing.T) {
 
 	// In an upper directory of overlayfs a device 0:0 would hide what is below.
 	dev.hdr.Devmajor, dev.hdr.Devminor = 0, 0
-	err = applyBytes(t, t.TempDir(), makeTar(t, dev), &archive.ApplyOptions{Form: archive.Overlay})
+	err = applyBytes(t, t.TempDir(), makeTar(t, dev), &archive.ApplyOptions{Form: whiteout.Overlay})
 	require.ErrorIs(t, err, errors.ErrUnsupported)
 	lost := 0
-	err = applyBytes(t, t.TempDir(), makeTar(t, dev), &archive.ApplyOptions{Form: archive.Overlay, Lost: func(*archive.EntryError) { lost++ }})
+	err = applyBytes(t, t.TempDir(), makeTar(t, dev), &archive.ApplyOptions{Form: whiteout.Overlay, Lost: func(*archive.EntryError) { lost++ }})
 	require.NoError(t, err)
 	require.Equal(t, 1, lost)
 
@@ -549,7 +550,7 @@ func TestApplyOverlayXattrs(t *testing.T) {
 	testenv.RequireRoot(t)
 	dir := t.TempDir()
 	stream := makeTar(t, xattrEntry(dirEntry("d", 0o755), "trusted.overlay.opaque", "y"))
-	require.NoError(t, applyBytes(t, dir, stream, &archive.ApplyOptions{Form: archive.Overlay}))
+	require.NoError(t, applyBytes(t, dir, stream, &archive.ApplyOptions{Form: whiteout.Overlay}))
 	buf := make([]byte, 10)
 	_, err := unix.Lgetxattr(dir+"/d", "trusted.overlay.opaque", buf)
 	require.ErrorIs(t, err, unix.ENODATA)
@@ -557,7 +558,7 @@ func TestApplyOverlayXattrs(t *testing.T) {
 	require.NoError(t, err)
 	require.Equal(t, "y", string(buf[:n]))
 	var out bytes.Buffer
-	_, err = archive.WriteUpper(t.Context(), &out, dir, archive.Overlay, nil)
+	_, err = archive.WriteUpper(t.Context(), &out, dir, whiteout.Overlay, nil)
 	require.NoError(t, err)
 	require.Contains(t, out.String(), "SCHILY.xattr.trusted.overlay.opaque=y")
 }
@@ -631,4 +632,68 @@ func TestApplyFewDescriptors(t *testing.T) {
 	archive.FewDescriptors(opts)
 	require.NoError(t, applyBytes(t, got, stream, opts))
 	requireSame(t, want, got, &tree.CompareOptions{IgnoreDirTime: true})
+}
+
+// TestLongWhiteouts: the whiteout of a name of more than 251 bytes is longer
+// than a name can be. A stream holds it, and only AUFS needs a file of it.
+func TestLongWhiteouts(t *testing.T) {
+	testenv.RequireRoot(t)
+	work := scratch(t)
+	lower := filepath.Join(work, "lower")
+	steps := []string{"file d/kept 1"}
+	var entries []entry
+	for n := 250; n <= 255; n++ {
+		name := "d/" + strings.Repeat("n", n)
+		steps = append(steps, "file "+name+" 1")
+		entries = append(entries, fileEntry("d/.wh."+filepath.Base(name), ""))
+	}
+	tree.Build(t, lower, steps...)
+	want := filepath.Join(work, "want")
+	tree.Build(t, want, "file d/kept 1")
+	stream := makeTar(t, entries...)
+	ignore := &tree.CompareOptions{IgnoreTimes: true, IgnoreXattr: tree.IgnoreOverlayXattrs}
+
+	// What Compare and WriteChanges make of it comes back, too.
+	var written bytes.Buffer
+	_, err := archive.WriteChanges(t.Context(), &written, want, archive.Compare(t.Context(), lower, want, nil), nil)
+	require.NoError(t, err)
+	for name, s := range map[string][]byte{"made": stream, "written": written.Bytes()} {
+		for _, portable := range []bool{false, true} {
+			t.Run(fmt.Sprintf("merged/%s/portable=%v", name, portable), func(t *testing.T) {
+				dir := filepath.Join(scratch(t), "d")
+				tree.Build(t, dir, steps...)
+				opts := &archive.ApplyOptions{}
+				if portable {
+					archive.UsePortable(opts)
+				}
+				require.NoError(t, applyBytes(t, dir, s, opts))
+				requireSame(t, want, dir, ignore)
+			})
+		}
+	}
+	t.Run("overlay", func(t *testing.T) {
+		upper := filepath.Join(work, "o", "upper")
+		require.NoError(t, os.MkdirAll(upper, 0o755))
+		opts := &archive.ApplyOptions{Form: whiteout.Overlay, Lowers: []string{lower}}
+		require.NoError(t, applyBytes(t, upper, stream, opts))
+		withOverlay(t, upper, lower, func(m string) { requireSame(t, want, m, ignore) })
+		var again bytes.Buffer
+		_, err := archive.WriteUpper(t.Context(), &again, upper, whiteout.Overlay, nil)
+		require.NoError(t, err)
+		dir := filepath.Join(work, "again")
+		tree.Build(t, dir, steps...)
+		require.NoError(t, applyBytes(t, dir, again.Bytes(), nil))
+		requireSame(t, want, dir, ignore)
+	})
+	t.Run("aufs", func(t *testing.T) {
+		err := applyBytes(t, scratch(t), stream, &archive.ApplyOptions{Form: whiteout.AUFS, Lowers: []string{lower}})
+		require.ErrorIs(t, err, errors.ErrUnsupported)
+		assert.ErrorContains(t, err, "252 bytes")
+	})
+	t.Run("too-long", func(t *testing.T) {
+		for _, form := range []whiteout.Form{archive.Merged, whiteout.AUFS, whiteout.Overlay} {
+			s := makeTar(t, fileEntry(".wh."+strings.Repeat("n", 256), ""))
+			require.ErrorIs(t, applyBytes(t, scratch(t), s, &archive.ApplyOptions{Form: form}), layerfs.ErrMalformed, form)
+		}
+	})
 }

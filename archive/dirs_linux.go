@@ -11,6 +11,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/layerfs/layerfs/internal/safepath"
+	"github.com/layerfs/layerfs/whiteout"
 )
 
 // dirFD is an open directory, shared by the cache and the tasks in it.
@@ -304,7 +305,7 @@ func (x *extractor) lookupLower(n *node, name string) (first *lowerEntry, refs [
 			return first, nil, err
 		}
 		if e == nil {
-			if x.form == AUFS {
+			if x.form == whiteout.AUFS {
 				if gone, err := x.lowerHasAUFS(ref, next); err != nil || gone {
 					return first, refs, err
 				}
@@ -367,12 +368,12 @@ func (x *extractor) lowerLstat(ref lowerRef) (*lowerEntry, error) {
 	case unix.S_IFLNK:
 		e.kind = 'l'
 	case unix.S_IFCHR:
-		if x.form.overlay() && e.st.Rdev == 0 {
+		if isOverlay(x.form) && e.st.Rdev == 0 {
 			e.kind = 'w'
 		}
 	case unix.S_IFREG:
-		if x.form.overlay() && e.st.Size == 0 {
-			if _, ok, err := getXattr(int(f.Fd()), x.form.namespace()+"whiteout"); err == nil && ok {
+		if isOverlay(x.form) && e.st.Size == 0 {
+			if _, ok, err := getXattr(int(f.Fd()), x.form.Prefix()+"whiteout"); err == nil && ok {
 				e.kind = 'w'
 			}
 		}
@@ -383,8 +384,8 @@ func (x *extractor) lowerLstat(ref lowerRef) (*lowerEntry, error) {
 // lowerOpaque reports whether a lower directory hides those below it, and
 // where these are if it was renamed.
 func (x *extractor) lowerOpaque(e *lowerEntry) (opaque bool, redirect string, err error) {
-	if x.form == AUFS {
-		f, err := x.lowers[e.ref.layer].root.OpenExact(path.Join(e.ref.path, aufsOpaque), unix.O_PATH|unix.O_NOFOLLOW)
+	if x.form == whiteout.AUFS {
+		f, err := x.lowers[e.ref.layer].root.OpenExact(path.Join(e.ref.path, whiteout.OpaqueName), unix.O_PATH|unix.O_NOFOLLOW)
 		if err == nil {
 			_ = f.Close()
 			return true, "", nil
@@ -395,18 +396,18 @@ func (x *extractor) lowerOpaque(e *lowerEntry) (opaque bool, redirect string, er
 		return false, "", nil
 	}
 	fd := int(e.f.Fd())
-	v, ok, err := getXattr(fd, x.form.namespace()+"opaque")
+	v, ok, err := getXattr(fd, x.form.Prefix()+"opaque")
 	if err != nil || ok && v == "y" {
 		return true, "", err
 	}
-	redirect, _, err = getXattr(fd, x.form.namespace()+"redirect")
+	redirect, _, err = getXattr(fd, x.form.Prefix()+"redirect")
 	return false, redirect, err
 }
 
 // lowerHasAUFS reports whether an AUFS whiteout or opaque mark hides name from
 // the layers below ref.
 func (x *extractor) lowerHasAUFS(ref lowerRef, name string) (bool, error) {
-	f, err := x.lowers[ref.layer].root.OpenExact(path.Join(ref.path, aufsPrefix+name), unix.O_PATH|unix.O_NOFOLLOW)
+	f, err := x.lowers[ref.layer].root.OpenExact(path.Join(ref.path, whiteout.Prefix+name), unix.O_PATH|unix.O_NOFOLLOW)
 	if err == nil {
 		_ = f.Close()
 		return true, nil

@@ -16,6 +16,7 @@ import (
 
 	"github.com/layerfs/layerfs"
 	"github.com/layerfs/layerfs/internal/safepath"
+	"github.com/layerfs/layerfs/whiteout"
 )
 
 // extractor is one Apply on Linux. The goroutine of the parser finds out what
@@ -24,7 +25,7 @@ import (
 type extractor struct {
 	ctx  context.Context
 	opts *ApplyOptions
-	form Form
+	form whiteout.Form
 	p    *parser
 	w    *workers
 	dirs dirs
@@ -171,7 +172,7 @@ func (x *extractor) run() error {
 func (x *extractor) add(h *header) error {
 	name := cleanName(h.name)
 	dir, base := splitName(name)
-	if strings.HasPrefix(base, aufsPrefix) || strings.Contains(name, aufsPrefix) {
+	if strings.HasPrefix(base, whiteout.Prefix) || strings.Contains(name, whiteout.Prefix) {
 		done, err := x.reserved(h, name, dir, base)
 		if done || err != nil {
 			return err
@@ -204,7 +205,7 @@ func (x *extractor) put(n *node, base string, h *header, uid, gid uint32) error 
 	if err := x.clear(n, base); err != nil {
 		return err
 	}
-	if x.form == AUFS && n.old {
+	if x.form == whiteout.AUFS && n.old {
 		if _, err := x.unhide(n, base); err != nil {
 			return err
 		}
@@ -227,7 +228,7 @@ func (x *extractor) put(n *node, base string, h *header, uid, gid uint32) error 
 		case layerfs.DevicesRecord:
 			h = recordDevice(h, uint32(h.uid), uint32(h.gid))
 		default:
-			if h.typ == typeChar && h.major == 0 && h.minor == 0 && x.form.overlay() {
+			if h.typ == typeChar && h.major == 0 && h.minor == 0 && isOverlay(x.form) {
 				err := errors.New("character device 0:0 would be a whiteout")
 				if x.opts.Lost == nil {
 					return &layerfs.UnsupportedError{Feature: "character device 0:0 in an overlay layer", Reason: "it would be a whiteout"}
@@ -437,7 +438,7 @@ func (x *extractor) walk(dir string, create bool) (*node, error) {
 // step looks one component up in the target, and below it in the union. It
 // returns the directory, or the target of a link, or neither.
 func (x *extractor) step(n *node, c string) (*node, string, error) {
-	if len(c) > 255 {
+	if len(c) > maxName {
 		return nil, "", pathError("openat", c, unix.ENAMETOOLONG)
 	}
 	if child := n.child(c); child != nil {
@@ -472,9 +473,9 @@ func (x *extractor) step(n *node, c string) (*node, string, error) {
 		default:
 			return nil, "", pathError("openat", path.Join(n.path(), c), err)
 		}
-		if x.form == AUFS && !n.hidden {
+		if x.form == whiteout.AUFS && !n.hidden {
 			var st unix.Stat_t
-			if len(c) <= 251 && unix.Fstatat(d.fd, aufsPrefix+c, &st, unix.AT_SYMLINK_NOFOLLOW) == nil {
+			if len(c) <= maxAUFSName && unix.Fstatat(d.fd, whiteout.Prefix+c, &st, unix.AT_SYMLINK_NOFOLLOW) == nil {
 				return nil, "", nil
 			}
 		}
@@ -529,16 +530,16 @@ func (x *extractor) inspect(n *node) error {
 	}
 	n.special = n.defACL || st.Mode&unix.S_ISGID != 0
 	switch {
-	case x.form.overlay():
-		v, ok, err := getXattr(d.fd, x.form.namespace()+"opaque")
+	case isOverlay(x.form):
+		v, ok, err := getXattr(d.fd, x.form.Prefix()+"opaque")
 		if err != nil {
 			return pathError("getxattr", n.path(), err)
 		}
 		if ok && v == "y" && n.parent != nil {
 			n.hidden, n.opaqueX = true, true
 		}
-	case x.form == AUFS:
-		err := unix.Fstatat(d.fd, aufsOpaque, &st, unix.AT_SYMLINK_NOFOLLOW)
+	case x.form == whiteout.AUFS:
+		err := unix.Fstatat(d.fd, whiteout.OpaqueName, &st, unix.AT_SYMLINK_NOFOLLOW)
 		if err == nil && n.parent != nil {
 			n.hidden, n.opaqueX = true, true
 		}
@@ -596,7 +597,7 @@ func (x *extractor) makeImplied(n *node, name string) (*node, error) {
 	if err := x.clear(n, name); err != nil {
 		return nil, err
 	}
-	if x.form == AUFS && n.old {
+	if x.form == whiteout.AUFS && n.old {
 		gone, err := x.unhide(n, name)
 		if err != nil {
 			return nil, err
@@ -637,7 +638,7 @@ func (x *extractor) mkdir(n *node, h *header, uid, gid uint32) error {
 			}
 			return x.setDirAttrs(n, h, uid, gid, false)
 		}
-		whiteout := x.isWhiteout(&st, d.fd, n.name)
+		hides := x.isWhiteout(&st, d.fd, n.name)
 		if err := removeAll(d.fd, n.name); err != nil {
 			return pathError("unlinkat", n.path(), err)
 		}
@@ -645,7 +646,7 @@ func (x *extractor) mkdir(n *node, h *header, uid, gid uint32) error {
 			return pathError("mkdirat", n.path(), err)
 		}
 		made = true
-		if whiteout {
+		if hides {
 			n.upper = true
 			if err := x.setDirAttrs(n, h, uid, gid, true); err != nil {
 				return err
@@ -733,7 +734,7 @@ func (x *extractor) dropXattrs(n *node, h *header) error {
 	}
 	for _, name := range names {
 		wanted := slices.ContainsFunc(h.xattrs, func(a xattr) bool { return a.name == name && name != aclDefault })
-		label := name == "security.selinux" || x.form.overlay() && strings.HasPrefix(name, x.form.namespace())
+		label := name == "security.selinux" || isOverlay(x.form) && strings.HasPrefix(name, x.form.Prefix())
 		if wanted || label {
 			continue
 		}
@@ -762,7 +763,7 @@ func (x *extractor) putDir(n *node, base string, h *header, uid, gid uint32) err
 	if err := x.clear(n, base); err != nil {
 		return err
 	}
-	if x.form == AUFS && n.old {
+	if x.form == whiteout.AUFS && n.old {
 		gone, err := x.unhide(n, base)
 		if err != nil {
 			return err

@@ -519,11 +519,11 @@ func setInt[T int32 | int64](to *T, v int64) {
 // xattrName returns under which name an xattr is stored, and false if it is
 // not for the file system.
 func (x *extractor) xattrName(h *header, name string) (string, bool, error) {
-	if x.form.overlay() && strings.HasPrefix(name, x.form.namespace()) {
+	if isOverlay(x.form) && strings.HasPrefix(name, x.form.Prefix()) {
 		// What overlayfs would take for its own is escaped (Linux 6.7,
 		// overlayfs.rst, "Nesting overlayfs mounts"): a layer must not be able
 		// to redirect or hide what is below it by other means than whiteouts.
-		return x.form.namespace() + "overlay." + name[len(x.form.namespace()):], true, nil
+		return x.form.Prefix() + "overlay." + name[len(x.form.Prefix()):], true, nil
 	}
 	return name, true, nil
 }

@@ -10,6 +10,7 @@ import (
 	"github.com/layerfs/layerfs"
 	"github.com/layerfs/layerfs/archive"
 	"github.com/layerfs/layerfs/internal/tree"
+	"github.com/layerfs/layerfs/whiteout"
 )
 
 // FuzzApply: whatever a stream says, nothing beside the target changes.
@@ -43,7 +44,7 @@ func FuzzApply(f *testing.F) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		opts := &archive.ApplyOptions{Form: archive.Form(form % 6), Lost: func(*archive.EntryError) {}}
+		opts := &archive.ApplyOptions{Form: whiteout.Form(form % 6), Lost: func(*archive.EntryError) {}}
 		opts.Devices = layerfs.DevicesSkip
 		opts.Limits = layerfs.Limits{Bytes: 1 << 20, Entries: 200}
 		if opts.Form != archive.Merged {

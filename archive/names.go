@@ -7,17 +7,26 @@ import (
 	"github.com/layerfs/layerfs/whiteout"
 )
 
-// Short names for what the whiteout package defines.
-const (
-	aufsPrefix = whiteout.Prefix
-	aufsMeta   = whiteout.MetaPrefix
-	aufsOpaque = whiteout.OpaqueName
-	aufsPlinks = whiteout.PlinkDir
+// plinkTemp keeps the sources of AUFS pseudo-links while a layer is unpacked.
+// It is a name no layer can have.
+const plinkTemp = whiteout.MetaPrefix + "layerfs-plnk"
 
-	// plinkTemp keeps the sources of AUFS pseudo-links while a layer is
-	// unpacked. It is a name no layer can have.
-	plinkTemp = whiteout.MetaPrefix + "layerfs-plnk"
+// maxName is NAME_MAX of Linux, in bytes; AUFS has whiteouts only for names
+// that are shorter than that by the prefix.
+const (
+	maxName     = 255
+	maxAUFSName = maxName - len(whiteout.Prefix)
 )
+
+// hiddenName is [whiteout.Target] for a name in a stream, which may be longer
+// than that of a file. What it hides may not.
+func hiddenName(base string) (string, bool, error) {
+	target, ok, err := whiteout.Target(base)
+	if ok && len(target) > maxName {
+		return "", false, malformed("whiteout of a name of %d bytes, more than %d", len(target), maxName)
+	}
+	return target, ok, err
+}
 
 // cleanName returns a name without leading slash, "." and "..", which cannot
 // lead out: a ".." at the root stays there.

@@ -670,13 +670,13 @@ func (p *packer) walkMarks(d *dirFD, dir string, entries []dirEntry) ([]dirEntry
 		return p.send(item{name: h.name, mark: h})
 	}
 	marked := false // has xattr whiteouts
-	if p.pl.form.overlay() {
-		v, ok, err := getXattr(d.fd, p.pl.form.namespace()+"opaque")
+	if isOverlay(p.pl.form) {
+		v, ok, err := getXattr(d.fd, p.pl.form.Prefix()+"opaque")
 		if err != nil {
 			return nil, entryError(dir, pathError("getxattr", dir, err))
 		}
 		marked = ok && v == "x"
-		if _, old, _ := getXattr(d.fd, p.pl.form.namespace()+"whiteouts"); old {
+		if _, old, _ := getXattr(d.fd, p.pl.form.Prefix()+"whiteouts"); old {
 			marked = true
 		}
 		if ok && v == "y" {
@@ -695,7 +695,7 @@ func (p *packer) walkMarks(d *dirFD, dir string, entries []dirEntry) ([]dirEntry
 			rest = append(rest, e)
 			continue
 		}
-		if base == "" && e.name != aufsOpaque {
+		if base == "" && e.name != whiteout.OpaqueName {
 			continue // AUFS's own
 		}
 		if err := mark(base); err != nil {
@@ -707,7 +707,7 @@ func (p *packer) walkMarks(d *dirFD, dir string, entries []dirEntry) ([]dirEntry
 
 // isMark reports whether an entry is no file of the layer, and what it hides.
 func (p *packer) isMark(d *dirFD, dir string, e dirEntry, marked bool) (gone bool, base string, err error) {
-	if p.pl.form == AUFS {
+	if p.pl.form == whiteout.AUFS {
 		if whiteout.IsMeta(e.name) {
 			return true, "", nil
 		}
@@ -728,7 +728,7 @@ func (p *packer) isMark(d *dirFD, dir string, e dirEntry, marked bool) (gone boo
 			return false, "", nil
 		}
 		_, ok, err := readXattr(func(b []byte) (int, error) {
-			return unix.Lgetxattr(procName(d.fd, e.name), p.pl.form.namespace()+"whiteout", b)
+			return unix.Lgetxattr(procName(d.fd, e.name), p.pl.form.Prefix()+"whiteout", b)
 		})
 		return ok, e.name, err
 	}

@@ -86,7 +86,7 @@ func (x *portable) run() error {
 func (x *portable) add(h *header) error {
 	name := cleanName(h.name)
 	dir, base := splitName(name)
-	if strings.Contains(name, aufsPrefix) {
+	if strings.Contains(name, whiteout.Prefix) {
 		done, renamed, err := x.reserved(dir, base)
 		if done || err != nil {
 			return err
@@ -116,7 +116,7 @@ func (x *portable) add(h *header) error {
 // reserved deals with AUFS's names. renamed is where pseudo-links are kept.
 func (x *portable) reserved(dir, base string) (done bool, renamed string, err error) {
 	for c := range strings.SplitSeq(dir, "/") {
-		if c == aufsPlinks && dir == aufsPlinks {
+		if c == whiteout.PlinkDir && dir == whiteout.PlinkDir {
 			x.plnk = true
 			return false, plinkTemp, nil
 		}
@@ -124,7 +124,7 @@ func (x *portable) reserved(dir, base string) (done bool, renamed string, err er
 			return true, "", nil
 		}
 	}
-	if base == aufsOpaque {
+	if base == whiteout.OpaqueName {
 		if dir, err = x.resolve(dir, false); err != nil || dir == "\x00" {
 			return true, "", err
 		}
@@ -133,7 +133,7 @@ func (x *portable) reserved(dir, base string) (done bool, renamed string, err er
 	if whiteout.IsMeta(base) {
 		return true, "", nil
 	}
-	target, ok, err := whiteout.Target(base)
+	target, ok, err := hiddenName(base)
 	if err != nil || !ok {
 		return err != nil, "", err
 	}
@@ -484,7 +484,7 @@ func (x *portable) makeLinks(final bool) error {
 
 func (x *portable) makeLink(l pendingPath) error {
 	dir, base := splitName(cleanName(l.target))
-	if dir == aufsPlinks && x.plnk {
+	if dir == whiteout.PlinkDir && x.plnk {
 		dir = plinkTemp
 	}
 	dir, err := x.resolve(dir, false)

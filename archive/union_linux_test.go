@@ -15,6 +15,7 @@ import (
 	"github.com/layerfs/layerfs/archive"
 	"github.com/layerfs/layerfs/internal/testenv"
 	"github.com/layerfs/layerfs/internal/tree"
+	"github.com/layerfs/layerfs/whiteout"
 )
 
 // TestApplyOnStack applies a layer on several lower layers that themselves
@@ -58,7 +59,7 @@ func TestApplyOnStack(t *testing.T) {
 			for i, drop := range []bool{false, true} {
 				upper := sub(fmt.Sprintf("upper-%s%d", strings.ReplaceAll(name, " ", "-"), i))
 				require.NoError(t, os.Mkdir(upper, 0o755))
-				opts := &archive.ApplyOptions{Form: archive.Overlay, Lowers: lowers, DropWhiteouts: drop}
+				opts := &archive.ApplyOptions{Form: whiteout.Overlay, Lowers: lowers, DropWhiteouts: drop}
 				require.NoError(t, applyBytes(t, upper, stream, opts))
 				stackMount(t, work, upper, lowers, func(m string) {
 					requireSame(t, want, m, &tree.CompareOptions{IgnoreTimes: true, IgnoreXattr: tree.IgnoreOverlayXattrs})
@@ -69,7 +70,7 @@ func TestApplyOnStack(t *testing.T) {
 	t.Run("missing link target", func(t *testing.T) {
 		for _, target := range []string{"gone/x", "op/old", "mv/in/side", "f2d"} {
 			upper := t.TempDir()
-			err := applyBytes(t, upper, makeTar(t, linkEntry("l", target)), &archive.ApplyOptions{Form: archive.Overlay, Lowers: lowers})
+			err := applyBytes(t, upper, makeTar(t, linkEntry("l", target)), &archive.ApplyOptions{Form: whiteout.Overlay, Lowers: lowers})
 			require.ErrorIs(t, err, unix.ENOENT, target)
 		}
 	})

@@ -14,6 +14,7 @@ import (
 	"github.com/layerfs/layerfs/archive"
 	"github.com/layerfs/layerfs/internal/testenv"
 	"github.com/layerfs/layerfs/internal/tree"
+	"github.com/layerfs/layerfs/whiteout"
 )
 
 // TestUnprivileged: a user without any privilege unpacks a layer with closed
@@ -60,11 +61,11 @@ func TestUserNamespace(t *testing.T) {
 		tree.Build(t, lower, "file d/a 1", "file d/b 2", "file e/c 3")
 		tree.Build(t, upper)
 		stream := makeTar(t, fileEntry("d/.wh.a", ""), fileEntry("e/.wh..wh..opq", ""), dirEntry("e", 0o755), fileEntry("e/n", "n"))
-		opts := &archive.ApplyOptions{Form: archive.OverlayUser, Lowers: []string{lower}}
+		opts := &archive.ApplyOptions{Form: whiteout.OverlayUser, Lowers: []string{lower}}
 		opts.IgnoreOwners = true
 		require.NoError(t, applyBytes(t, upper, stream, opts))
 		var out bytes.Buffer
-		_, err := archive.WriteUpper(t.Context(), &out, upper, archive.OverlayUser, nil)
+		_, err := archive.WriteUpper(t.Context(), &out, upper, whiteout.OverlayUser, nil)
 		require.NoError(t, err)
 		want, got := filepath.Join(dir, "want"), filepath.Join(dir, "got")
 		tree.Build(t, want, "file d/b 2", "file e/n n")
@@ -77,7 +78,7 @@ func TestUserNamespace(t *testing.T) {
 // TestXattrWhiteouts: the form without devices, round.
 func TestXattrWhiteouts(t *testing.T) {
 	testenv.RequireRoot(t)
-	for _, form := range []archive.Form{archive.OverlayXattr, archive.OverlayUserXattr} {
+	for _, form := range []whiteout.Form{whiteout.OverlayXattr, whiteout.OverlayUserXattr} {
 		t.Run(form.String(), func(t *testing.T) {
 			dir := scratch(t)
 			lower, upper := filepath.Join(dir, "lower"), filepath.Join(dir, "upper")
@@ -94,7 +95,7 @@ func TestXattrWhiteouts(t *testing.T) {
 			tree.Build(t, got, base...)
 			require.NoError(t, applyBytes(t, got, out.Bytes(), nil))
 			requireSame(t, want, got, &tree.CompareOptions{IgnoreTimes: true})
-			if form == archive.OverlayXattr && testenv.KernelHas("6.8") {
+			if form == whiteout.OverlayXattr && testenv.KernelHas("6.8") {
 				// The kernel honours such whiteouts in lower layers but the lowest.
 				tree.Build(t, filepath.Join(dir, "top"))
 				stackMount(t, dir, "", []string{upper, lower}, func(m string) {

@@ -21,21 +21,21 @@ import (
 func (x *extractor) reserved(h *header, name, dir, base string) (done bool, err error) {
 	for c := range strings.SplitSeq(dir, "/") {
 		switch {
-		case c == aufsPlinks && dir == aufsPlinks:
+		case c == whiteout.PlinkDir && dir == whiteout.PlinkDir:
 			return true, x.plink(h, base)
 		case whiteout.IsMeta(c):
 			return true, nil // AUFS's own, means nothing elsewhere
-		case x.form == AUFS && whiteout.IsReserved(c):
+		case x.form == whiteout.AUFS && whiteout.IsReserved(c):
 			return true, malformed("%s is a whiteout and cannot be a directory", shorten(c))
 		}
 	}
-	if base == aufsOpaque {
+	if base == whiteout.OpaqueName {
 		return true, x.opaque(dir)
 	}
 	if whiteout.IsMeta(base) {
 		return true, nil
 	}
-	target, ok, err := whiteout.Target(base)
+	target, ok, err := hiddenName(base)
 	if err != nil || !ok {
 		return err != nil, err
 	}
@@ -135,10 +135,10 @@ func (x *extractor) markOpaque(n *node) error {
 		return err
 	}
 	x.touch(n)
-	if x.form == AUFS {
-		return x.emptyFile(d.fd, aufsOpaque)
+	if x.form == whiteout.AUFS {
+		return x.emptyFile(d.fd, whiteout.OpaqueName)
 	}
-	err = retryEINTR(func() error { return unix.Setxattr(procPath(d.fd), x.form.namespace()+"opaque", []byte("y"), 0) })
+	err = retryEINTR(func() error { return unix.Setxattr(procPath(d.fd), x.form.Prefix()+"opaque", []byte("y"), 0) })
 	return pathError("setxattr", n.path(), err)
 }
 
@@ -229,16 +229,22 @@ func (x *extractor) makeWhiteout(n *node, base string) error {
 		return err
 	}
 	switch x.form {
-	case AUFS:
-		return x.emptyFile(d.fd, aufsPrefix+base)
-	case Overlay, OverlayUser:
+	case whiteout.AUFS:
+		if len(base) > maxAUFSName {
+			return &layerfs.UnsupportedError{
+				Feature: fmt.Sprintf("whiteout of a name of %d bytes in an AUFS branch", len(base)),
+				Reason:  fmt.Sprintf("it can be made for at most %d", maxAUFSName),
+			}
+		}
+		return x.emptyFile(d.fd, whiteout.Prefix+base)
+	case whiteout.Overlay, whiteout.OverlayUser:
 		err := retryEINTR(func() error { return unix.Mknodat(d.fd, base, unix.S_IFCHR, 0) })
 		if err == unix.EEXIST {
 			return nil // another spelling of the name on a case-insensitive file system
 		}
 		return pathError("mknodat", path.Join(n.path(), base), err)
 	}
-	ns := x.form.namespace()
+	ns := x.form.Prefix()
 	if err := x.emptyFile(d.fd, base); err != nil {
 		return err
 	}
@@ -256,8 +262,8 @@ func (x *extractor) makeWhiteout(n *node, base string) error {
 
 // removeWhiteout removes a whiteout this Apply made.
 func (x *extractor) removeWhiteout(n *node, base string) error {
-	if x.form == AUFS {
-		base = aufsPrefix + base
+	if x.form == whiteout.AUFS {
+		base = whiteout.Prefix + base
 	}
 	return x.remove(n, base)
 }
@@ -265,26 +271,26 @@ func (x *extractor) removeWhiteout(n *node, base string) error {
 // unhide removes an AUFS whiteout that was there before: entry and whiteout at
 // one name are an error to AUFS. It reports whether there was one.
 func (x *extractor) unhide(n *node, base string) (bool, error) {
-	if len(base)+len(aufsPrefix) > 255 {
+	if len(base) > maxAUFSName {
 		return false, nil
 	}
 	d, err := x.dirs.get(n)
 	if err != nil {
 		return false, err
 	}
-	switch err := retryEINTR(func() error { return unix.Unlinkat(d.fd, aufsPrefix+base, 0) }); err {
+	switch err := retryEINTR(func() error { return unix.Unlinkat(d.fd, whiteout.Prefix+base, 0) }); err {
 	case nil:
 		return true, nil
 	case unix.ENOENT:
 		return false, nil
 	default:
-		return false, pathError("unlinkat", aufsPrefix+base, err)
+		return false, pathError("unlinkat", whiteout.Prefix+base, err)
 	}
 }
 
 // isWhiteout reports whether what is at a name of the target hides it.
 func (x *extractor) isWhiteout(st *unix.Stat_t, dir int, name string) bool {
-	if !x.form.overlay() {
+	if !isOverlay(x.form) {
 		return false
 	}
 	switch st.Mode & unix.S_IFMT {
@@ -295,7 +301,7 @@ func (x *extractor) isWhiteout(st *unix.Stat_t, dir int, name string) bool {
 			return false
 		}
 		_, ok, err := readXattr(func(b []byte) (int, error) {
-			return unix.Lgetxattr(procName(dir, name), x.form.namespace()+"whiteout", b)
+			return unix.Lgetxattr(procName(dir, name), x.form.Prefix()+"whiteout", b)
 		})
 		return ok && err == nil
 	}
@@ -325,7 +331,7 @@ func (x *extractor) purge(n *node) error {
 	}
 	removed := false
 	for _, name := range names {
-		if x.form == AUFS && name == aufsOpaque && n.opaqueX {
+		if x.form == whiteout.AUFS && name == whiteout.OpaqueName && n.opaqueX {
 			continue
 		}
 		if c := n.child(name); c != nil {
@@ -399,7 +405,7 @@ func (x *extractor) hideRoot() error {
 			return pathError("getdents64", l.root.Name(), err)
 		}
 		for _, name := range names {
-			if seen[name] || x.form == AUFS && whiteout.IsReserved(name) {
+			if seen[name] || x.form == whiteout.AUFS && whiteout.IsReserved(name) {
 				continue
 			}
 			seen[name] = true
@@ -503,7 +509,7 @@ func (x *extractor) makeLink(l pendingLink) error {
 		return malformed("hard link to the root")
 	}
 	var tn *node
-	if dir == aufsPlinks && x.plinks != nil {
+	if dir == whiteout.PlinkDir && x.plinks != nil {
 		tn = x.plinks
 	} else {
 		var err error
@@ -569,7 +575,7 @@ func (x *extractor) ensureLinkTarget(n *node, base string) error {
 		case err != unix.ENOENT:
 			return pathError("fstatat", base, err)
 		}
-		if x.form == AUFS && len(base) <= 251 && unix.Fstatat(d.fd, aufsPrefix+base, &st, unix.AT_SYMLINK_NOFOLLOW) == nil {
+		if x.form == whiteout.AUFS && len(base) <= maxAUFSName && unix.Fstatat(d.fd, whiteout.Prefix+base, &st, unix.AT_SYMLINK_NOFOLLOW) == nil {
 			return errNoTarget
 		}
 	}
@@ -623,7 +629,7 @@ func (x *extractor) describe(e *lowerEntry) (*header, error) {
 	}
 	for _, name := range names {
 		shown := name
-		if x.form.overlay() && strings.HasPrefix(name, x.form.namespace()) {
+		if isOverlay(x.form) && strings.HasPrefix(name, x.form.Prefix()) {
 			inner, ok := whiteout.Unescape(name)
 			if !ok {
 				continue // overlayfs's own
@@ -643,7 +649,7 @@ func (x *extractor) describe(e *lowerEntry) (*header, error) {
 
 // copyUp copies a file of a lower layer into the target.
 func (x *extractor) copyUp(e *lowerEntry, n *node, base string) error {
-	if _, ok, err := getXattr(int(e.f.Fd()), x.form.namespace()+"metacopy"); e.kind == 'f' && err == nil && ok {
+	if _, ok, err := getXattr(int(e.f.Fd()), x.form.Prefix()+"metacopy"); e.kind == 'f' && err == nil && ok {
 		return &layerfs.UnsupportedError{Feature: "hard link to a file without data", Reason: "lower file has overlay.metacopy"}
 	}
 	h, err := x.describe(e)

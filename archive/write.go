@@ -77,9 +77,9 @@ func WriteChanges(ctx context.Context, w io.Writer, dir string, changes iter.Seq
 // What one directory alone does not tell, a directory that was renamed
 // (overlay.redirect) or a file without data (overlay.metacopy), makes it fail
 // with [errors.ErrUnsupported]; write the changes of the mounted tree then.
-func WriteUpper(ctx context.Context, w io.Writer, dir string, form Form, opts *WriteOptions) (WriteResult, error) {
-	if form == Merged || form > OverlayUserXattr {
-		return WriteResult{}, fmt.Errorf("%s is not the form of an upper directory", form)
+func WriteUpper(ctx context.Context, w io.Writer, dir string, form whiteout.Form, opts *WriteOptions) (WriteResult, error) {
+	if form == Merged || form > whiteout.OverlayUserXattr {
+		return WriteResult{}, fmt.Errorf("%s is not that of an upper directory", form)
 	}
 	return write(ctx, w, dir, opts, plan{form: form})
 }
@@ -87,7 +87,7 @@ func WriteUpper(ctx context.Context, w io.Writer, dir string, form Form, opts *W
 // plan says what of a tree is written.
 type plan struct {
 	changes iter.Seq2[layerfs.Change, error] // nil for all of it
-	form    Form                             // of the whiteouts in the tree
+	form    whiteout.Form                    // of the whiteouts in the tree
 }
 
 func (o *WriteOptions) validate() error {
@@ -169,10 +169,10 @@ type shaper struct {
 	profile layerfs.Profile
 	clamp   stamp
 	ids     *layerfs.IDMap
-	form    Form
+	form    whiteout.Form
 }
 
-func newShaper(opts *WriteOptions, form Form) *shaper {
+func newShaper(opts *WriteOptions, form whiteout.Form) *shaper {
 	s := &shaper{profile: opts.Profile, ids: opts.IDMap, form: form}
 	if t := opts.SourceDate; !t.IsZero() {
 		s.clamp = stamp{t.Unix(), 0}
@@ -201,7 +201,7 @@ func (s *shaper) shape(h *header) error {
 // xattr returns under which name an xattr goes into the stream, and false if
 // it does not.
 func (s *shaper) xattr(name string) (string, bool, error) {
-	if ns := s.form.namespace(); s.form.overlay() && strings.HasPrefix(name, ns) {
+	if ns := s.form.Prefix(); isOverlay(s.form) && strings.HasPrefix(name, ns) {
 		switch name[len(ns):] {
 		case "redirect", "metacopy":
 			return "", false, &layerfs.UnsupportedError{Feature: "layer with " + name, Reason: "the upper directory alone does not tell what is there"}
@@ -220,13 +220,16 @@ func (s *shaper) xattr(name string) (string, bool, error) {
 }
 
 // whiteoutHeader describes a whiteout. Its time is fixed, so that equal
-// changes give equal streams.
+// changes give equal streams. Its name may be longer than that of a file can
+// be: it is a path in a stream, and most forms make no file of that name of it.
 func whiteoutHeader(dir, base string) (*header, error) {
-	name := aufsOpaque
+	name := whiteout.OpaqueName
 	if base != "" {
-		var err error
-		if name, err = whiteout.Name(base); err != nil {
+		name = whiteout.Prefix + base
+		if _, ok, err := whiteout.Target(name); err != nil {
 			return nil, err
+		} else if !ok {
+			return nil, malformed("%s is reserved for whiteouts", shorten(base))
 		}
 	}
 	if dir != "" {

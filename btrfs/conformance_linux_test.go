@@ -39,9 +39,6 @@ func withOptions(name string, opts *btrfs.Options) drivertest.Harness {
 		New:   func(root string) (layerfs.Driver, error) { return btrfs.New(root, opts) },
 		Home:  func(root string) string { return filepath.Join(root, "btrfs") },
 		Small: small,
-		Deviates: map[string]string{
-			"DeleteLongNames": "package archive writes no whiteouts with names of more than 255 bytes",
-		},
 	}
 }
 

@@ -37,12 +37,10 @@ func redirecting() drivertest.Harness {
 
 func withOptions(name string, opts *overlay.Options) drivertest.Harness {
 	h := drivertest.Harness{
-		Name: name,
-		New:  func(root string) (layerfs.Driver, error) { return overlay.New(root, opts) },
-		Home: func(root string) string { return filepath.Join(root, "overlay") },
-		Deviates: map[string]string{
-			"DeleteLongNames": "package archive writes no whiteouts with names of more than 255 bytes",
-		},
+		Name:     name,
+		New:      func(root string) (layerfs.Driver, error) { return overlay.New(root, opts) },
+		Home:     func(root string) string { return filepath.Join(root, "overlay") },
+		Deviates: map[string]string{},
 	}
 	for _, name := range []string{
 		"HardLinkAcrossLayers", "HardLinkCounts", "HardLinkToLower", "HardLinkDirtyNames", "FSSuite",

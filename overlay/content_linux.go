@@ -13,6 +13,7 @@ import (
 	"github.com/layerfs/layerfs/internal/feature"
 	"github.com/layerfs/layerfs/internal/lifecycle"
 	"github.com/layerfs/layerfs/internal/tree"
+	"github.com/layerfs/layerfs/whiteout"
 )
 
 // Apply unpacks straight into the upper directory. An empty layer, the usual
@@ -65,9 +66,9 @@ func (m *mechanism) applyAside(ctx context.Context, dir string, chain lifecycle.
 }
 
 func (m *mechanism) unpack(ctx context.Context, dir string, chain lifecycle.Chain, r io.Reader, opts *layerfs.ApplyOptions) (_ layerfs.ApplyResult, err error) {
-	form := archive.Overlay
+	form := whiteout.Overlay
 	if m.conf.Xattrs == "user" {
-		form = archive.OverlayUser
+		form = whiteout.OverlayUser
 	}
 	var lowers []string
 	if len(chain) > 1 {

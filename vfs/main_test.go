@@ -40,8 +40,5 @@ func withOptions(name string, opts *vfs.Options) drivertest.Harness {
 			tb.Helper()
 			return testenv.Tmpfs(tb, "size="+strconv.FormatInt(bytes, 10))
 		},
-		Deviates: map[string]string{
-			"DeleteLongNames": "package archive writes no whiteouts with names of more than 255 bytes",
-		},
 	}
 }
