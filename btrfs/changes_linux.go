@@ -133,7 +133,7 @@ func (m *mechanism) empty(ctx context.Context) (path string, release func() erro
 }
 
 // Usage returns what a layer wrote that it still has: the sum of the files
-// that differ from the parent's, and their number. Where quotas are on, the
+// that differ from the parent's, and their number. With simple quotas the
 // bytes are what the kernel counts.
 func (m *mechanism) Usage(ctx context.Context, chain lifecycle.Chain) (layerfs.Usage, error) {
 	u, err := m.written(ctx, chain)
@@ -180,26 +180,18 @@ func (m *mechanism) written(ctx context.Context, chain lifecycle.Chain) (u layer
 	return u, nil
 }
 
-// counted replaces the bytes by those the kernel counts, where they mean the
-// same: always with simple quotas, and with qgroups while nothing else shares
-// what the layer wrote.
+// counted replaces the bytes by those that simple quotas count, which mean the
+// same. What qgroups call exclusive does not: a child, or a snapshot that is
+// still being cleaned up, shares what the layer wrote.
 func (m *mechanism) counted(id string, u layerfs.Usage) (layerfs.Usage, error) {
 	st, err := btrfs.ReadQuotaStatus(m.home)
-	if err != nil || st.Mode == btrfs.QuotaOff || st.Inconsistent {
-		return u, err
-	}
-	children, err := m.dir.Children(id)
-	if err != nil || st.Mode == btrfs.QuotaFull && len(children) > 0 {
+	if err != nil || st.Mode != btrfs.QuotaSimple {
 		return u, err
 	}
 	if err := btrfs.Sync(m.Path(id)); err != nil { // the numbers are those of the last commit
 		return u, err
 	}
-	info, err := btrfs.Info(m.Path(id))
-	if err != nil {
-		return u, err
-	}
-	q, err := btrfs.ReadQgroup(m.home, info.ID)
+	q, err := qgroupOf(m.Path(id))
 	if errors.Is(err, fs.ErrNotExist) {
 		return u, nil
 	}

@@ -74,7 +74,7 @@ func (m *mechanism) build(ctx context.Context, rec *lifecycle.Record, fill func(
 			return err
 		}
 	}
-	if err := limit(path, rec.Quota); err != nil {
+	if err := m.limit(path, rec, rec.Quota); err != nil {
 		return err
 	}
 	if rec.ReadOnly {
@@ -295,6 +295,9 @@ func (m *mechanism) reclaim(ctx context.Context, path string) {
 	if err == nil {
 		err = btrfs.WaitCleaned(ctx, m.home, info.ID)
 	}
+	if err == nil {
+		err = btrfs.Commit(m.home) // until then the freed space is pinned
+	}
 	if err != nil {
 		m.log.Warn("space of a failed apply is not free yet", "driver", name, "error", err)
 	}
@@ -311,7 +314,7 @@ func (m *mechanism) aside(ctx context.Context, rec *lifecycle.Record, u *undo.St
 		return "", quotaError(err)
 	}
 	u.Push(func() error { return discard(build) })
-	return build, limit(build, rec.Quota)
+	return build, m.limit(build, rec, rec.Quota)
 }
 
 // replace puts the subvolume at build in the place of a layer's.

@@ -62,12 +62,34 @@ func (m *mechanism) checkQuota(q layerfs.Quota) error {
 	return nil
 }
 
-// limit limits the exclusive bytes of the subvolume at path.
-func limit(path string, q layerfs.Quota) error {
-	if q.Bytes == 0 {
+// limit limits what the subvolume at path holds beyond that of the parent. Its
+// exclusive bytes are that, but not while a snapshot of it is being read: so
+// its referenced bytes are limited too, which may be less than both together if
+// files of the parent are gone.
+func (m *mechanism) limit(path string, rec *lifecycle.Record, q layerfs.Quota) error {
+	if m.quotas != nil || q.Bytes == 0 && rec.Quota.Bytes == 0 {
 		return nil
 	}
-	return btrfs.LimitQgroup(path, 0, 0, q.Bytes)
+	if q.Bytes == 0 {
+		return btrfs.LimitQgroup(path, 0, 0, 0)
+	}
+	referenced := q.Bytes
+	if rec.Parent != "" {
+		parent, err := qgroupOf(m.Path(rec.Parent))
+		if err != nil {
+			return err
+		}
+		referenced += parent.Referenced
+	}
+	return btrfs.LimitQgroup(path, 0, referenced, q.Bytes)
+}
+
+func qgroupOf(path string) (btrfs.Qgroup, error) {
+	info, err := btrfs.Info(path)
+	if err != nil {
+		return btrfs.Qgroup{}, err
+	}
+	return btrfs.ReadQgroup(path, info.ID)
 }
 
 // SetQuota replaces the quota of a layer: the bytes it holds for itself. Inodes
@@ -77,11 +99,9 @@ func (d *Driver) SetQuota(ctx context.Context, id string, q layerfs.Quota) error
 		if err := d.m.checkQuota(q); err != nil {
 			return err
 		}
-		if q.Bytes == 0 && rec.Quota.Bytes == 0 {
-			return nil
-		}
+		err := d.m.limit(d.m.Path(id), rec, q)
 		rec.Quota = q
-		return btrfs.LimitQgroup(d.m.Path(id), 0, 0, q.Bytes)
+		return err
 	})
 }
 

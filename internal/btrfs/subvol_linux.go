@@ -29,6 +29,10 @@ const (
 	// subvolume, and minutes for a large one.
 	minPoll = 5 * time.Millisecond
 	maxPoll = 250 * time.Millisecond
+
+	// How long to wait for the cleaner before it is woken: that syncs the file
+	// system, which others may be writing to.
+	wakeCleaner = 500 * time.Millisecond
 )
 
 // IsBtrfs reports whether a path is on a btrfs file system.
@@ -419,6 +423,7 @@ func WaitCleaned(ctx context.Context, path string, id uint64) error {
 
 func pollCleaned(ctx context.Context, f *os.File, id uint64) error {
 	committed := false
+	wake := time.Now().Add(wakeCleaner)
 	for pause := minPoll; ; pause = min(2*pause, maxPoll) {
 		item, err := searchOne(f, treeRoot, id, itemRoot)
 		if err != nil {
@@ -437,6 +442,14 @@ func pollCleaned(ctx context.Context, f *os.File, id uint64) error {
 				return err
 			}
 			continue
+		}
+		if time.Now().After(wake) {
+			// A file that was written back when the subvolume was removed has kept it
+			// from the cleaner, which then sleeps until the next regular commit.
+			if err := sys.IoctlInt(f, "ioctl BTRFS_IOC_SYNC", sys.BtrfsIocSync, 0); err != nil && !errors.Is(err, unix.ENOSPC) {
+				return err
+			}
+			wake = time.Now().Add(wakeCleaner)
 		}
 		select {
 		case <-ctx.Done():
