@@ -117,11 +117,18 @@ func Mount(ctx context.Context, target string, cfg *Config) (*Handle, error) {
 }
 
 func (c *Config) engine() (*unionfs.Config, error) {
-	errs := []error{c.UDBA.check()}
+	errs := []error{c.UDBA.check(), c.Format.check()}
 	ec := &unionfs.Config{NoPlink: c.NoPlink, SumFree: c.SumFree, Logger: c.Logger}
+	overlay := c.Format == Overlay || c.Format == OverlayUser
+	if overlay {
+		ec.Format = unionfs.Overlay{User: c.Format == OverlayUser}
+	}
 	for _, b := range c.Branches {
 		s, err := b.spec()
 		errs = append(errs, err)
+		if overlay && b.Perm == "" {
+			s.Perm = unionfs.ROWH
+		}
 		ec.Branches = append(ec.Branches, s)
 	}
 	return ec, errors.Join(errs...)

@@ -41,10 +41,27 @@ const (
 	Strict UDBA = "strict"
 )
 
+// Format is how whiteouts and opaque directories are written on a branch.
+type Format string
+
+// The formats.
+const (
+	// AUFS writes files named .wh.NAME. The default.
+	AUFS Format = "aufs"
+	// Overlay is what overlayfs writes: device 0/0 and trusted.overlay xattrs.
+	// Layers with metacopy or redirect_dir are not understood. Hard links break
+	// on copy-up, and lower branches without a Perm are ROWH.
+	Overlay Format = "overlay"
+	// OverlayUser is Overlay with user.overlay xattrs (mount option userxattr).
+	OverlayUser Format = "overlay-userxattr"
+)
+
 // Config describes a mount. Only Branches is required.
 type Config struct {
 	// Branches, top first. Several may be RW; new files go to the topmost.
 	Branches []Branch
+	// Format is AUFS if empty.
+	Format Format
 	// UDBA is Notify if empty.
 	UDBA UDBA
 	// Watcher is shared by mounts of one process; nil gives the mount its own.
@@ -105,6 +122,14 @@ func (p Perm) check() error {
 		return nil
 	}
 	return fmt.Errorf("branch permission %q: %w", string(p), fs.ErrInvalid)
+}
+
+func (f Format) check() error {
+	switch f {
+	case "", AUFS, Overlay, OverlayUser:
+		return nil
+	}
+	return fmt.Errorf("union format %q: %w", string(f), fs.ErrInvalid)
 }
 
 func (u UDBA) check() error {

@@ -26,6 +26,12 @@ func (fs *FS) join(b *Branch, skipRepair bool) (done []Repaired, err error) {
 	if b.crashed, err = exists(b.root, whMounted, &st); err != nil {
 		return fail("fstatat", err)
 	}
+	if b.crashed && st.Mode&unix.S_IFMT != unix.S_IFREG {
+		// Not ours; a hostile branch must not be one that cannot be left.
+		if err := removeTree(b.root, whMounted); err != nil {
+			return fail("unlinkat", err)
+		}
+	}
 	if err := fs.furnish(b); err != nil {
 		return fail("prepare", err)
 	}
