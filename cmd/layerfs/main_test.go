@@ -610,8 +610,7 @@ func TestOptions(t *testing.T) {
 		var opts auto.Options
 		item := fmt.Sprintf("%s.%s=%s", o.driver, o.key, value)
 		require.NoError(t, setDriverOptions(&opts, []string{item}))
-		zero := opts.Overlay == nil && opts.Btrfs == nil && opts.VFS == nil
-		assert.False(t, zero, item)
+		assert.NotEqual(t, auto.Options{}, opts, item)
 		assert.Contains(t, help, o.driver+"."+o.key)
 	}
 	var opts auto.Options
