@@ -16,6 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/layerfs/layerfs"
+	"github.com/layerfs/layerfs/internal/btrfs/btrfstest"
 	"github.com/layerfs/layerfs/internal/tree"
 )
 
@@ -31,32 +32,32 @@ func sameTree(tb testing.TB, a, b, what string) {
 // step, and compares what was received with what was sent.
 func TestSendReceiveRandom(t *testing.T) {
 	src, dst := mountBtrfs(t, 1024, "compress-force=zstd"), mountBtrfs(t, 1024)
-	first := seed(t)
-	for s := first; s < first+uint64(histories(t)/8+1); s++ {
+	first, end := btrfstest.Seeds(t, 50)
+	for s := first; s < end; s++ {
 		root := filepath.Join(src, fmt.Sprint("h", s))
 		check(t, Create(root))
-		h := &history{rng: rand.New(rand.NewPCG(s, 1)), root: root}
+		h := btrfstest.New(s+1<<32, root)
 		var prevSrc, prevDst string
 		var made []string
 		for round := range 3 {
 			for range 40 {
-				h.step()
+				h.Step()
 			}
 			snap := fmt.Sprint(root, ".", round)
 			check(t, Snapshot(snap, root, true))
 			made = append(made, snap)
-			opts := &SendOptions{Parent: prevSrc, Version: 1 + h.rng.IntN(2)}
+			opts := &SendOptions{Parent: prevSrc, Version: 1 + h.N(2)}
 			opts.Compressed = opts.Version == 2
 			var stream bytes.Buffer
 			check(t, Send(t.Context(), &stream, snap, opts))
-			recv := &ReceiveOptions{Decompress: h.rng.IntN(2) == 0}
+			recv := &ReceiveOptions{Decompress: h.N(2) == 0}
 			if prevDst != "" {
 				recv.Sources = []string{prevDst}
 			}
 			got, err := Receive(t.Context(), &stream, dst, recv)
-			require.NoError(t, err, "seed %d round %d\n%s", s, round, strings.Join(h.log, "\n"))
+			require.NoError(t, err, "seed %d round %d\n%s", s, round, strings.Join(h.Log, "\n"))
 			require.Zero(t, stream.Len(), "all is read")
-			sameTree(t, snap, got.Path, fmt.Sprintf("seed %d round %d\n%s", s, round, strings.Join(h.log, "\n")))
+			sameTree(t, snap, got.Path, fmt.Sprintf("seed %d round %d\n%s", s, round, strings.Join(h.Log, "\n")))
 			require.True(t, got.Info.ReadOnly)
 			made = append(made, got.Path)
 			prevSrc, prevDst = snap, got.Path
@@ -229,19 +230,19 @@ func TestReceiveFull(t *testing.T) {
 // ranges alone.
 func TestChangedExtents(t *testing.T) {
 	mnt := mountBtrfs(t, 1024)
-	first := seed(t)
-	for s := first; s < first+uint64(histories(t)/2); s++ {
+	first, end := btrfstest.Seeds(t, 200)
+	for s := first; s < end; s++ {
 		root := filepath.Join(mnt, fmt.Sprint("h", s))
 		o, n := root+".old", root+".new"
 		check(t, Create(root))
-		h := &history{rng: rand.New(rand.NewPCG(s, 2)), root: root}
+		h := btrfstest.New(s+2<<32, root)
 		for range 40 {
-			h.step()
+			h.Step()
 		}
 		check(t, Snapshot(o, root, true))
-		h.log = nil
+		h.Log = nil
 		for range 12 {
-			h.step()
+			h.Step()
 		}
 		check(t, Snapshot(n, root, true))
 		ranges := map[string][]layerfs.BlockRange{}
@@ -282,7 +283,7 @@ func TestChangedExtents(t *testing.T) {
 				}
 				copy(got[r.Offset:], part)
 			}
-			require.True(t, bytes.Equal(data, got), "seed %d %s %v\n%s", s, rel, ranges[rel], strings.Join(h.log, "\n"))
+			require.True(t, bytes.Equal(data, got), "seed %d %s %v\n%s", s, rel, ranges[rel], strings.Join(h.Log, "\n"))
 			return nil
 		}))
 		for _, p := range []string{root, o, n} {
