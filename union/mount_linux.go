@@ -55,6 +55,9 @@ func Mount(ctx context.Context, target string, cfg *Config) (*Handle, error) {
 	if err := ctx.Err(); err != nil {
 		return nil, err
 	}
+	if cfg == nil {
+		cfg = &Config{} // which names no branch
+	}
 	ec, err := cfg.engine()
 	if err != nil {
 		return nil, err

@@ -121,7 +121,15 @@ func (s *stage) mount(t testing.TB, cfg union.Config) *stage {
 
 // abort ends a connection with everybody who waits in it.
 func abort(dev uint64) {
-	os.WriteFile(fmt.Sprintf("/sys/fs/fuse/connections/%d/abort", unix.Minor(dev)), []byte("1"), 0)
+	dir, err := os.MkdirTemp("", "fusectl")
+	if err != nil {
+		return
+	}
+	defer os.Remove(dir)
+	if unix.Mount("fusectl", dir, "fusectl", 0, "") == nil {
+		defer unix.Unmount(dir, unix.MNT_DETACH)
+		os.WriteFile(fmt.Sprintf("%s/%d/abort", dir, unix.Minor(dev)), []byte("1"), 0)
+	}
 }
 
 func mustMount(t testing.TB, lowers int, specs ...string) *stage {

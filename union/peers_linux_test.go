@@ -36,6 +36,9 @@ func TestMain(m *testing.M) {
 		fmt.Println(time.Since(start).Seconds())
 		os.Exit(0)
 	}
+	if d := os.Getenv(serverEnv); d != "" {
+		serve(d)
+	}
 	os.Exit(m.Run())
 }
 
