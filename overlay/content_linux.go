@@ -62,7 +62,7 @@ func (m *mechanism) applyAside(ctx context.Context, dir string, chain lifecycle.
 			return res, err
 		}
 	}
-	return res, exchange(fresh, m.upper(rec.ID))
+	return res, replace(fresh, m.upper(rec.ID))
 }
 
 func (m *mechanism) unpack(ctx context.Context, dir string, chain lifecycle.Chain, r io.Reader, opts *layerfs.ApplyOptions) (_ layerfs.ApplyResult, err error) {

@@ -214,7 +214,11 @@ func TestNativeChanges(t *testing.T) {
 func TestPathsWithSpecialBytes(t *testing.T) {
 	for _, name := range []string{`co:lon`, `com,ma`, `back\slash`, "new\nline", `qu"ote`, "spa ce", `a\:b,c`} {
 		t.Run(name, func(t *testing.T) {
-			for _, method := range []mount.Method{mount.NewAPI, mount.Classic, mount.Descriptors} {
+			methods := []mount.Method{mount.Auto, mount.Classic, mount.Descriptors}
+			if new(feature.Prober).Has(feature.LowerAppend, "") {
+				methods = append(methods, mount.NewAPI)
+			}
+			for _, method := range methods {
 				root := filepath.Join(t.TempDir(), name)
 				require.NoError(t, os.Mkdir(root, 0o755))
 				testenv.RequireRoot(t)

@@ -236,7 +236,7 @@ func (m *mechanism) empty(rec *lifecycle.Record, parent lifecycle.Chain) (err er
 	if err := m.makeUpper(fresh, parent); err != nil {
 		return err
 	}
-	return exchange(fresh, m.upper(rec.ID))
+	return replace(fresh, m.upper(rec.ID))
 }
 
 // clearWork removes what overlayfs left in the work directory.
@@ -250,9 +250,19 @@ func (m *mechanism) clearWork(rec *lifecycle.Record) error {
 	return os.Mkdir(m.work(rec.ID), 0o700)
 }
 
-func exchange(a, b string) error {
-	if err := unix.Renameat2(unix.AT_FDCWD, a, unix.AT_FDCWD, b, unix.RENAME_EXCHANGE); err != nil {
-		return &os.LinkError{Op: "renameat2", Old: a, New: b, Err: err}
+// replace puts a directory in the place of another one, which takes its place.
+func replace(fresh, old string) error {
+	var st unix.Stat_t
+	if err := unix.Lstat(fresh, &st); err != nil {
+		return &os.PathError{Op: "lstat", Path: fresh, Err: err}
+	}
+	if err := unix.Renameat2(unix.AT_FDCWD, fresh, unix.AT_FDCWD, old, unix.RENAME_EXCHANGE); err != nil {
+		return &os.LinkError{Op: "renameat2", Old: fresh, New: old, Err: err}
+	}
+	// xfs changes the time of a directory that gets another parent this way
+	// (xfs_cross_rename, fs/xfs/xfs_inode.c).
+	if err := unix.UtimesNanoAt(unix.AT_FDCWD, old, []unix.Timespec{st.Atim, st.Mtim}, unix.AT_SYMLINK_NOFOLLOW); err != nil {
+		return &os.PathError{Op: "utimensat", Path: old, Err: err}
 	}
 	return nil
 }
