@@ -124,12 +124,15 @@ func detach(tb testing.TB, losetup, device, image string) {
 		tb.Errorf("losetup --detach %s: %v: %s", device, err, out)
 	}
 	backing := "/sys/block/" + filepath.Base(device) + "/loop/backing_file"
-	for range 100 {
+	// A mount namespace that another process made meanwhile has a copy of the
+	// mount and keeps the device until it ends, such as that of a test in a
+	// user namespace or of the making of test data.
+	const patience = 2 * time.Minute
+	for start := time.Now(); time.Since(start) < patience; time.Sleep(20 * time.Millisecond) {
 		b, err := os.ReadFile(backing)
 		if err != nil || strings.TrimSpace(string(b)) != image {
 			return
 		}
-		time.Sleep(20 * time.Millisecond)
 	}
 	tb.Errorf("%s of %s is still in use", device, image)
 }

@@ -24,7 +24,7 @@ type snapshot map[string]string
 // them, and the runtime's own descriptors come and go.
 func settle(before snapshot, dir string) []string {
 	var leaks []string
-	for range 40 {
+	for range 200 { // ten seconds: daemons of FUSE end in their own time
 		leaks = nil
 		after, err := takeSnapshot(dir)
 		if err != nil {
