@@ -220,7 +220,7 @@ func (c *copier) xattrs(dst, src handle, link bool, s *scratch) error {
 	for list := string(s.list[:n]); list != ""; {
 		var name string
 		name, list, _ = strings.Cut(list, "\x00")
-		if c.opts.SkipXattr != nil && c.opts.SkipXattr(name) {
+		if sys.IsStorageXattr(name) || c.opts.SkipXattr != nil && c.opts.SkipXattr(name) {
 			continue
 		}
 		n, err := src.getxattr(name, s.value[:])
