@@ -60,6 +60,7 @@ func ParsePerm(s string) (Perm, error) {
 // changes under FS.stackMu.
 type Branch struct {
 	path string // as given, absolute
+	real string // path without symbolic links
 	perm Perm
 	dev  uint64
 	ino  uint64
@@ -126,6 +127,9 @@ func openBranch(path string, perm Perm) (b *Branch, err error) {
 		return nil, &os.PathError{Op: "branch", Path: path, Err: unix.ENOTDIR}
 	}
 	b.dev, b.ino = uint64(st.Dev), st.Ino
+	if b.real, err = filepath.EvalSymlinks(path); err != nil {
+		return nil, err
+	}
 	var sf unix.Statfs_t
 	if err = unix.Fstatfs(b.root, &sf); err != nil {
 		return nil, &os.PathError{Op: "fstatfs", Path: path, Err: err}
@@ -202,15 +206,8 @@ func within(a, b string) bool {
 
 // checkOverlap refuses branches that are one directory or contain each other.
 func checkOverlap(have []*Branch, b *Branch) error {
-	real := func(p string) string {
-		if r, err := filepath.EvalSymlinks(p); err == nil {
-			return r
-		}
-		return p
-	}
-	bp := real(b.path)
 	for _, h := range have {
-		hp := real(h.path)
+		bp, hp := b.real, h.real
 		if (h.dev == b.dev && h.ino == b.ino) || within(bp, hp) || within(hp, bp) {
 			return &os.PathError{Op: "branch", Path: b.path, Err: fmt.Errorf("overlaps with %s: %w", h.path, unix.EINVAL)}
 		}
