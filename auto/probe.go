@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"strings"
 
 	"github.com/layerfs/layerfs"
 )
@@ -115,11 +116,36 @@ func probe(ctx context.Context, all []backend, root string) (_ []Report, err err
 		if err == nil {
 			r.Features, err = d.Features(), d.Close()
 		}
-		r.Err = err
+		r.locate(err, temp, root)
 		reports = append(reports, r)
 	}
 	return reports, nil
 }
+
+// locate keeps the error of a trial, and names root where its texts and those
+// of the features name the directory of the trial, which nobody will find.
+func (r *Report) locate(err error, temp, root string) {
+	for name, reason := range r.Features.Reasons {
+		r.Features.Reasons[name] = strings.ReplaceAll(reason, temp, root)
+	}
+	if err == nil {
+		return
+	}
+	cause := err
+	if e, ok := errors.AsType[*layerfs.Error](err); ok {
+		cause = e.Err // the report says already what was opened
+	}
+	r.Err = &trialError{strings.ReplaceAll(cause.Error(), temp, root), err}
+}
+
+// trialError is an error under another text.
+type trialError struct {
+	text string
+	err  error
+}
+
+func (e *trialError) Error() string { return e.text }
+func (e *trialError) Unwrap() error { return e.err }
 
 // existing returns root or its nearest parent that is there.
 func existing(root string) (string, error) {

@@ -45,7 +45,7 @@ func (dm *demo) host(ctx context.Context) error {
 		case r.Driver == h.Driver:
 			dm.text.say("%-13s is used", r.Driver)
 		case r.Err != nil:
-			dm.text.say("%-13s does not work: %s", r.Driver, printable(reason(r.Err)))
+			dm.text.say("%-13s does not work: %s", r.Driver, printable(r.Err.Error()))
 		default:
 			dm.text.say("%-13s works, too", r.Driver)
 		}

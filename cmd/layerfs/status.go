@@ -113,21 +113,13 @@ func (a *app) probeJSON(reports []auto.Report, prior []string) error {
 			MaxDepth: r.Features.MaxDepth, Abilities: newAbilitiesJSON(&r),
 		}
 		if r.Err != nil {
-			line.Reason = reason(r.Err)
+			line.Reason = r.Err.Error()
 		}
 		if err := writeJSON(a.out, line); err != nil {
 			return err
 		}
 	}
 	return nil
-}
-
-// reason leaves out the temporary directory that a probe worked in.
-func reason(err error) string {
-	if e, ok := errors.AsType[*layerfs.Error](err); ok {
-		err = e.Err
-	}
-	return err.Error()
 }
 
 // probeText prints a table of drivers and abilities, with the reason for each
@@ -171,7 +163,7 @@ func (a *app) probeText(reports []auto.Report, prior []string) error {
 	}
 	for i, r := range reports {
 		if r.Err != nil {
-			fmt.Fprintf(&why, "  %s does not work: %s\n", r.Driver, printable(reason(r.Err)))
+			fmt.Fprintf(&why, "  %s does not work: %s\n", r.Driver, printable(r.Err.Error()))
 			continue
 		}
 		for _, ab := range all[i] {
