@@ -120,7 +120,7 @@ func (m *mechanism) build(ctx context.Context, rec *lifecycle.Record, parent lif
 			return err
 		}
 	}
-	if err := os.Rename(build, m.Path(rec.ID)); err != nil {
+	if err := move(build, m.Path(rec.ID)); err != nil {
 		return err
 	}
 	return m.syncNames()
@@ -274,11 +274,39 @@ func (m *mechanism) applyAside(ctx context.Context, rec *lifecycle.Record, r io.
 	if res, err = archive.Apply(ctx, build, r, opts); err != nil {
 		return res, quotaError(rec, err)
 	}
-	// os.Rename refuses to replace a directory.
-	if err := syscall.Rename(build, path); err != nil {
-		return res, &os.LinkError{Op: "rename", Old: build, New: path, Err: err}
+	if err := move(build, path); err != nil {
+		return res, err
 	}
 	return res, m.syncNames()
+}
+
+// move renames a directory, also over an empty one, which os.Rename refuses.
+// Without privilege it needs the right to write in the directory itself, whose
+// ".." changes, and the root of a tree may deny that.
+func move(from, to string) error {
+	err := syscall.Rename(from, to)
+	if !errors.Is(err, fs.ErrPermission) {
+		return linkError(from, to, err)
+	}
+	fi, serr := os.Lstat(from)
+	if serr != nil {
+		return linkError(from, to, err)
+	}
+	const owner = 0o700
+	if err := os.Chmod(from, fi.Mode()|owner); err != nil {
+		return err
+	}
+	if err := syscall.Rename(from, to); err != nil {
+		return linkError(from, to, err)
+	}
+	return os.Chmod(to, fi.Mode())
+}
+
+func linkError(from, to string, err error) error {
+	if err == nil {
+		return nil
+	}
+	return &os.LinkError{Op: "rename", Old: from, New: to, Err: err}
 }
 
 func isEmpty(dir string) (bool, error) {
