@@ -1,6 +1,7 @@
 package archive
 
 import (
+	"bytes"
 	"cmp"
 	"path"
 	"slices"
@@ -21,66 +22,74 @@ const (
 // For a sparse file the map of holes (see [appendMap]) is a part of what
 // follows and of h.stored.
 func appendHeader(dst []byte, h *header) []byte {
-	recs := paxRecords(h)
+	var room [4]record
+	recs := paxRecords(room[:0], h)
 	name := h.name
 	if h.isSparse {
 		dir, base := splitName(name)
 		name = path.Join(dir, "GNUSparseFile.0", base)
 	}
 	if len(recs) > 0 {
-		var body []byte
+		// The block is filled in when the length of what follows is known.
+		start := len(dst)
+		dst = append(dst, make([]byte, blockSize)...)
 		for _, r := range recs {
-			body = appendRecord(body, r)
+			dst = appendRecord(dst, r)
 		}
+		n := len(dst) - start - blockSize
+		dst = appendPadding(dst, n)
 		dir, base := splitName(strings.TrimSuffix(h.name, "/"))
-		x := header{name: path.Join(dir, "PaxHeaders.0", base), typ: typePAX, stored: int64(len(body))}
-		dst = appendBlock(dst, &x, x.name, "")
-		dst = append(dst, body...)
-		dst = appendPadding(dst, len(body))
+		x := header{typ: typePAX, stored: int64(n)}
+		if dir == "" || base == "." {
+			x.name = path.Join(dir, "PaxHeaders.0", base)
+		} else {
+			x.name = dir + "/PaxHeaders.0/" + base
+		}
+		fillBlock(dst[start:start+blockSize], &x, x.name, "")
 	}
-	return appendBlock(dst, h, name, h.link)
+	start := len(dst)
+	dst = append(dst, make([]byte, blockSize)...)
+	fillBlock(dst[start:], h, name, h.link)
+	return dst
 }
 
 func appendPadding(dst []byte, n int) []byte {
-	var zero [blockSize]byte
-	return append(dst, zero[:-n&(blockSize-1)]...)
+	return append(dst, make([]byte, -n&(blockSize-1))...)
 }
 
-// paxRecords returns what a ustar block cannot hold, ordered by key.
-func paxRecords(h *header) []record {
-	var recs []record
-	add := func(k, v string) { recs = append(recs, record{k, v}) }
+// paxRecords appends what a ustar block cannot hold, ordered by key.
+func paxRecords(recs []record, h *header) []record {
 	if !h.isSparse {
 		if _, _, ok := ustarName(h.name); !ok {
-			add("path", h.name)
+			recs = append(recs, record{"path", h.name})
 		}
 	}
 	if len(h.link) > 100 || !isASCII([]byte(h.link)) {
-		add("linkpath", h.link)
+		recs = append(recs, record{"linkpath", h.link})
 	}
 	if h.mtime.nsec != 0 || h.mtime.sec < 0 || h.mtime.sec > maxOctal11 {
-		add("mtime", formatTime(h.mtime))
+		recs = append(recs, record{"mtime", formatTime(h.mtime)})
 	}
 	if h.hasAtime {
-		add("atime", formatTime(h.atime))
+		recs = append(recs, record{"atime", formatTime(h.atime)})
 	}
 	if h.uid > maxOctal7 {
-		add("uid", strconv.FormatInt(h.uid, 10))
+		recs = append(recs, record{"uid", strconv.FormatInt(h.uid, 10)})
 	}
 	if h.gid > maxOctal7 {
-		add("gid", strconv.FormatInt(h.gid, 10))
+		recs = append(recs, record{"gid", strconv.FormatInt(h.gid, 10)})
 	}
 	if h.stored > maxOctal11 {
-		add("size", strconv.FormatInt(h.stored, 10))
+		recs = append(recs, record{"size", strconv.FormatInt(h.stored, 10)})
 	}
 	if h.isSparse {
-		add("GNU.sparse.major", "1")
-		add("GNU.sparse.minor", "0")
-		add("GNU.sparse.name", h.name)
-		add("GNU.sparse.realsize", strconv.FormatInt(h.size, 10))
+		recs = append(recs, record{"GNU.sparse.major", "1"})
+		recs = append(recs, record{"GNU.sparse.minor", "0"})
+		recs = append(recs, record{"GNU.sparse.name", h.name})
+		recs = append(recs, record{"GNU.sparse.realsize", strconv.FormatInt(h.size, 10)})
 	}
 	for _, x := range h.xattrs {
-		add("SCHILY.xattr."+x.name, x.value)
+		recs = append(recs, record{"SCHILY.xattr." + x.name, x.value})
 	}
 	if len(recs) > 1 {
 		slices.SortFunc(recs, func(a, b record) int { return cmp.Compare(a.key, b.key) })
@@ -91,8 +100,8 @@ func paxRecords(h *header) []record {
 // appendRecord appends "LENGTH KEY=VALUE\n", where LENGTH counts its own digits.
 func appendRecord(dst []byte, r record) []byte {
 	n := len(r.key) + len(r.value) + 3
-	size := n + len(strconv.Itoa(n))
-	size = n + len(strconv.Itoa(size))
+	size := n + digits(n)
+	size = n + digits(size)
 	dst = strconv.AppendInt(dst, int64(size), 10)
 	dst = append(dst, ' ')
 	dst = append(dst, r.key...)
@@ -101,17 +110,29 @@ func appendRecord(dst []byte, r record) []byte {
 	return append(dst, '\n')
 }
 
+func digits(n int) int {
+	d := 1
+	for ; n >= 10; n /= 10 {
+		d++
+	}
+	return d
+}
+
 // formatTime returns decimal seconds without useless zeros.
 func formatTime(t stamp) string {
 	if t.nsec == 0 {
 		return strconv.FormatInt(t.sec, 10)
 	}
-	sign := ""
+	var room [40]byte
+	b := room[:0]
 	if t.sec < 0 {
-		sign, t = "-", stamp{-t.sec - 1, 1e9 - t.nsec}
+		b, t = append(b, '-'), stamp{-t.sec - 1, 1e9 - t.nsec}
 	}
-	frac := strconv.FormatInt(1e9+t.nsec, 10)[1:]
-	return sign + strconv.FormatInt(t.sec, 10) + "." + strings.TrimRight(frac, "0")
+	b = strconv.AppendInt(b, t.sec, 10)
+	dot := len(b)
+	b = strconv.AppendInt(b, 1e9+t.nsec, 10)
+	b[dot] = '.' // over the 1 that kept the zeros
+	return string(bytes.TrimRight(b, "0"))
 }
 
 // ustarName splits a name into the prefix and name fields.
@@ -134,12 +155,8 @@ func ustarName(s string) (prefix, name string, ok bool) {
 	return s[:i], s[i+1:], true
 }
 
-// appendBlock appends a ustar block. What does not fit is cut off.
-func appendBlock(dst []byte, h *header, name, link string) []byte {
-	start := len(dst)
-	var block [blockSize]byte
-	dst = append(dst, block[:]...)
-	b := dst[start:]
+// fillBlock makes a ustar block of zeros. What does not fit is cut off.
+func fillBlock(b []byte, h *header, name, link string) {
 	prefix, short, ok := ustarName(name)
 	if !ok {
 		short = ascii(name)
@@ -165,7 +182,6 @@ func appendBlock(dst []byte, h *header, name, link string) []byte {
 	sum, _ := checksums(b)
 	octal(b[148:155], sum)
 	b[155] = ' '
-	return dst
 }
 
 // ascii drops what is not ASCII, for fields that a pax record overrides.

@@ -37,6 +37,7 @@ type item struct {
 	name string // path in the stream
 	typ  byte   // 'w' and 'o' for marks, 'd' for directories, 0 for what stat will tell
 	mark *header
+	open bool // dir is open for reading, and base is "."
 }
 
 // job is a batch of items.
@@ -46,6 +47,9 @@ type job struct {
 	parts []part
 	err   error
 	done  chan struct{}
+
+	h      header    // of the present item
+	xattrs [512]byte // names of its xattrs
 }
 
 // part is a piece of a job's output: bytes of buf, or a file.
@@ -81,7 +85,8 @@ type packer struct {
 
 	work  chan *job
 	order chan *job
-	bufs  sync.Pool
+	bufs  chan []byte // of jobs that are written
+	big   sync.Pool   // *[]byte of chunkSize
 
 	cur     *job
 	skipped int64 // guarded by mu
@@ -101,6 +106,7 @@ func pack(ctx context.Context, s *sink, dir string, opts *WriteOptions, pl plan,
 	p := &packer{
 		opts: opts, pl: pl, sh: sh, s: s, root: &dirFD{fd: fd}, links: make(map[inode]*linkState), linked: make(map[string]bool),
 		work: make(chan *job, aheadJobs), order: make(chan *job, aheadJobs),
+		bufs: make(chan []byte, aheadJobs),
 	}
 	p.root.refs.Store(1)
 	defer p.root.release()
@@ -211,8 +217,10 @@ func (p *packer) flush() error {
 
 // encode is the work of the second stage.
 func (p *packer) encode(j *job) {
-	if b, ok := p.bufs.Get().(*[]byte); ok {
-		j.buf = (*b)[:0]
+	select {
+	case b := <-p.bufs:
+		j.buf = b[:0]
+	default:
 	}
 	for i := range j.items {
 		it := &j.items[i]
@@ -240,7 +248,11 @@ func (p *packer) encodeItem(j *job, it *item) error {
 		j.count(0)
 		return nil
 	}
-	h := &header{name: it.name}
+	j.h = header{name: it.name, xattrs: j.h.xattrs[:0]}
+	h := &j.h
+	if it.open {
+		return p.encodeOpen(j, it, h, it.dir.fd)
+	}
 	var st unix.Stat_t
 	if it.typ == typeReg || it.typ == typeDir {
 		f, err := p.openItem(it)
@@ -285,7 +297,7 @@ func (p *packer) encodeItem(j *job, it *item) error {
 		h.major, h.minor = unix.Major(st.Rdev), unix.Minor(st.Rdev)
 	}
 	proc := procName(it.dir.fd, it.base)
-	err := p.fillXattrs(h,
+	err := p.fillXattrs(h, j.xattrs[:],
 		func(b []byte) (int, error) { return unix.Llistxattr(proc, b) },
 		func(name string, b []byte) (int, error) { return unix.Lgetxattr(proc, name, b) })
 	if err != nil {
@@ -295,7 +307,7 @@ func (p *packer) encodeItem(j *job, it *item) error {
 		return err
 	}
 	if st.Nlink > 1 {
-		j.addPart(part{h: h, key: inode{uint64(st.Dev), st.Ino}, nlinks: int(st.Nlink)})
+		j.addPart(part{h: h.clone(), key: inode{uint64(st.Dev), st.Ino}, nlinks: int(st.Nlink)})
 		return nil
 	}
 	j.buf = appendHeader(j.buf, h)
@@ -305,7 +317,20 @@ func (p *packer) encodeItem(j *job, it *item) error {
 
 // count notes an entry whose bytes are in buf.
 func (j *job) count(content int64) {
-	j.addPart(part{entries: 1, content: content})
+	if n := len(j.parts); n == 0 || j.parts[n-1].h != nil {
+		j.addPart(part{})
+	}
+	last := &j.parts[len(j.parts)-1]
+	last.end = len(j.buf)
+	last.entries++
+	last.content += content
+}
+
+// clone copies what is reused for the next item.
+func (h *header) clone() *header {
+	c := *h
+	c.xattrs = slices.Clone(h.xattrs)
+	return &c
 }
 
 // openItem opens a file without changing its access time where that is
@@ -321,7 +346,7 @@ func (p *packer) openItem(it *item) (int, error) {
 
 // encodeOpen encodes a regular file or directory.
 func (p *packer) encodeOpen(j *job, it *item, h *header, fd int) (err error) {
-	keep := false
+	keep := it.open
 	defer func() {
 		if !keep {
 			_ = unix.Close(fd)
@@ -331,7 +356,7 @@ func (p *packer) encodeOpen(j *job, it *item, h *header, fd int) (err error) {
 	if err := unix.Fstat(fd, &st); err != nil {
 		return pathError("fstat", it.name, err)
 	}
-	err = p.fillXattrs(h,
+	err = p.fillXattrs(h, j.xattrs[:],
 		func(b []byte) (int, error) { return unix.Flistxattr(fd, b) },
 		func(name string, b []byte) (int, error) { return unix.Fgetxattr(fd, name, b) })
 	if err != nil {
@@ -367,7 +392,7 @@ func (p *packer) encodeOpen(j *job, it *item, h *header, fd int) (err error) {
 		return nil
 	}
 	keep = true
-	pt := part{h: h, f: os.NewFile(uintptr(fd), it.name)}
+	pt := part{h: h.clone(), f: os.NewFile(uintptr(fd), it.name)}
 	if st.Nlink > 1 {
 		pt.key, pt.nlinks = inode{uint64(st.Dev), st.Ino}, int(st.Nlink)
 	}
@@ -400,9 +425,8 @@ func (p *packer) fillStat(h *header, st *unix.Stat_t) error {
 	return p.sh.shape(h)
 }
 
-func (p *packer) fillXattrs(h *header, list func([]byte) (int, error), get func(string, []byte) (int, error)) error {
-	var buf [512]byte
-	names, err := listXattrs(buf[:], list)
+func (p *packer) fillXattrs(h *header, buf []byte, list func([]byte) (int, error), get func(string, []byte) (int, error)) error {
+	names, err := listXattrs(buf, list)
 	if err != nil {
 		return pathError("listxattr", h.name, err)
 	}
@@ -489,7 +513,10 @@ func (p *packer) emit(j *job) error {
 		return err
 	}
 	if cap(j.buf) <= 2*inlineBatch {
-		p.bufs.Put(&j.buf)
+		select {
+		case p.bufs <- j.buf:
+		default:
+		}
 	}
 	return nil
 }
@@ -546,11 +573,16 @@ func (p *packer) copyContent(f *os.File, extents []extent) error {
 	if total == 0 {
 		return nil
 	}
+	if total <= chunkSize {
+		return p.copySmall(f, extents)
+	}
 	const buffers = 4
 	free := make(chan []byte, buffers)
 	full := make(chan []byte, buffers)
 	for range min(buffers, (total+chunkSize-1)/chunkSize) {
-		free <- make([]byte, min(chunkSize, total))
+		b := p.bigBuffer()
+		defer p.big.Put(b)
+		free <- *b
 	}
 	ctx, cancel := context.WithCancel(p.ctx)
 	defer cancel()
@@ -597,6 +629,40 @@ func (p *packer) copyContent(f *os.File, extents []extent) error {
 		err = readErr
 	}
 	return err
+}
+
+func (p *packer) bigBuffer() *[]byte {
+	if b, ok := p.big.Get().(*[]byte); ok {
+		return b
+	}
+	b := make([]byte, chunkSize)
+	return &b
+}
+
+// copySmall writes ranges that fit one buffer together: for these another
+// goroutine costs more than it saves.
+func (p *packer) copySmall(f *os.File, extents []extent) error {
+	if err := p.ctx.Err(); err != nil {
+		return context.Cause(p.ctx)
+	}
+	buf := p.bigBuffer()
+	defer p.big.Put(buf)
+	b := (*buf)[:0]
+	for _, e := range extents {
+		part := b[len(b) : len(b)+int(e.len)]
+		if n, err := f.ReadAt(part, e.off); n < len(part) {
+			if err == io.EOF {
+				err = errShrunk
+			}
+			return err
+		}
+		b = b[:len(b)+len(part)]
+	}
+	if err := p.s.write(b); err != nil {
+		return err
+	}
+	p.s.content.Add(int64(len(b)))
+	return nil
 }
 
 // walk lists what goes into the stream.
@@ -654,7 +720,7 @@ func (p *packer) walkSub(d *dirFD, it item) error {
 	sub := &dirFD{fd: fd}
 	sub.refs.Store(1)
 	defer sub.release()
-	if err := p.send(item{dir: sub, base: ".", name: it.name, typ: typeDir}); err != nil {
+	if err := p.send(item{dir: sub, base: ".", name: it.name, typ: typeDir, open: true}); err != nil {
 		return err
 	}
 	return p.walkDir(sub, it.name)
