@@ -35,7 +35,7 @@ type CompareOptions struct {
 	// not changed after that. What has an earlier change time in the new tree
 	// cannot have been changed since, as the kernel sets that time at each
 	// change and no call can set it back: it is neither looked at in the old
-	// tree nor read. Zero means that nothing of this kind is known.
+	// tree nor read, and for a directory that means the list of its names. Zero means that nothing of this kind is known.
 	//
 	// It needs a clock that was not set back in between.
 	Since time.Time

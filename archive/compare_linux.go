@@ -40,8 +40,9 @@ type comparer struct {
 type pair struct {
 	path    string // absolute in the trees; empty for the root
 	base    string
-	oldUp   *dirFD // where base is; nil if the old tree has no such directory
+	oldUp   *oldDir // where base is; nil if the old tree has no such directory
 	newUp   *dirFD
+	same    bool // has the same names in both trees
 	taken   bool // by a worker, guarded by comparer.mu
 	done    chan struct{}
 	results []result
@@ -102,14 +103,17 @@ func (c *comparer) run(oldRoot, newRoot *dirFD, yield func(layerfs.Change) bool)
 		c.mu.Unlock()
 		c.more.Broadcast()
 	}()
-	kind, err := c.diffRoot(oldRoot, newRoot)
+	old := &oldDir{d: oldRoot.retain()}
+	old.refs.Store(1)
+	defer old.release()
+	d, err := c.diff(old, newRoot, ".")
 	if err != nil {
 		return err
 	}
-	if kind != 0 && !yield(layerfs.Change{Path: "/", Kind: kind}) {
+	if d.differ && !yield(layerfs.Change{Path: "/", Kind: layerfs.Modified}) {
 		return errStopped
 	}
-	root := &pair{base: ".", oldUp: oldRoot.retain(), newUp: newRoot.retain(), done: make(chan struct{})}
+	root := &pair{base: ".", oldUp: old.retain(), newUp: newRoot.retain(), same: d.untouched, done: make(chan struct{})}
 	c.push([]*pair{root})
 	n := c.opts.Workers
 	if n == 0 {
@@ -221,6 +225,52 @@ func (c *comparer) compare(p *pair) {
 	c.push(subs)
 }
 
+// oldDir is a directory of the old tree. It is opened when something in it is
+// looked at, which with CompareOptions.Since is seldom.
+type oldDir struct {
+	up   *oldDir // nil for the root
+	base string
+	refs atomic.Int32
+
+	mu sync.Mutex // before that of up
+	d  *dirFD     // guarded by mu; nil if not open
+}
+
+func newOldDir(up *oldDir, base string) *oldDir {
+	d := &oldDir{up: up.retain(), base: base}
+	d.refs.Store(1)
+	return d
+}
+
+func (o *oldDir) retain() *oldDir { o.refs.Add(1); return o }
+
+func (o *oldDir) release() {
+	if o.refs.Add(-1) > 0 {
+		return
+	}
+	if o.d != nil {
+		o.d.release()
+	}
+	if o.up != nil {
+		o.up.release()
+	}
+}
+
+// open returns the descriptor, which is valid until o is released.
+func (o *oldDir) open() (*dirFD, error) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if o.d != nil {
+		return o.d, nil
+	}
+	up, err := o.up.open()
+	if err != nil {
+		return nil, err
+	}
+	o.d, err = openCompared(up, o.base)
+	return o.d, err
+}
+
 func openCompared(up *dirFD, base string) (*dirFD, error) {
 	const flags = unix.O_RDONLY | unix.O_DIRECTORY | unix.O_NOFOLLOW | unix.O_CLOEXEC
 	fd, err := ignoringEINTR(func() (int, error) { return unix.Openat(up.fd, base, flags|unix.O_NOATIME, 0) })
@@ -245,23 +295,23 @@ func (c *comparer) compareDirs(p *pair) ([]*pair, error) {
 	if err != nil {
 		return nil, pathError("getdents64", p.path, err)
 	}
-	var oldDir *dirFD
+	var old *oldDir
 	var oldNames []dirEntry
 	if p.oldUp != nil {
-		if oldDir, err = openCompared(p.oldUp, p.base); err != nil {
+		old = newOldDir(p.oldUp, p.base)
+		defer old.release()
+		if p.same {
+			oldNames = newNames
+		} else if oldNames, err = readOld(old, p.path); err != nil {
 			return nil, err
-		}
-		defer oldDir.release()
-		if oldNames, err = readEntries(oldDir.fd); err != nil {
-			return nil, pathError("getdents64", p.path, err)
 		}
 	}
 	c.entries.Add(int64(len(newNames)))
 	var subs []*pair
-	down := func(name string, withOld bool) *pair {
-		s := &pair{path: p.path + "/" + name, base: name, newUp: newDir.retain(), done: make(chan struct{})}
+	down := func(name string, withOld, same bool) *pair {
+		s := &pair{path: p.path + "/" + name, base: name, newUp: newDir.retain(), same: same, done: make(chan struct{})}
 		if withOld {
-			s.oldUp = oldDir.retain()
+			s.oldUp = old.retain()
 		}
 		subs = append(subs, s)
 		return s
@@ -294,20 +344,20 @@ func (c *comparer) compareDirs(p *pair) ([]*pair, error) {
 				isDir = st.Mode&unix.S_IFMT == unix.S_IFDIR
 			}
 			if isDir {
-				r.sub = down(e.name, false)
+				r.sub = down(e.name, false, false)
 			}
 		default:
 			name := newNames[0].name
 			oldNames, newNames = oldNames[1:], newNames[1:]
-			differ, oldIsDir, newIsDir, err := c.diff(oldDir, newDir, name)
+			d, err := c.diff(old, newDir, name)
 			if err != nil {
 				return subs, entryError(strings.TrimPrefix(path.Join(p.path, name), "/"), err)
 			}
-			if differ {
+			if d.differ {
 				r.change = layerfs.Change{Path: p.path + "/" + name, Kind: layerfs.Modified}
 			}
-			if newIsDir {
-				r.sub = down(name, oldIsDir)
+			if d.newIsDir {
+				r.sub = down(name, d.oldIsDir, d.untouched)
 			}
 		}
 		if r.change.Kind != 0 || r.sub != nil {
@@ -317,43 +367,56 @@ func (c *comparer) compareDirs(p *pair) ([]*pair, error) {
 	return subs, nil
 }
 
+func readOld(old *oldDir, path string) ([]dirEntry, error) {
+	d, err := old.open()
+	if err != nil {
+		return nil, err
+	}
+	names, err := readEntries(d.fd)
+	return names, pathError("getdents64", path, err)
+}
+
 func statAt(d *dirFD, name string, st *unix.Stat_t) error {
 	return pathError("fstatat", name, retryEINTR(func() error {
 		return unix.Fstatat(d.fd, name, st, unix.AT_SYMLINK_NOFOLLOW)
 	}))
 }
 
-// diffRoot compares the roots themselves.
-func (c *comparer) diffRoot(oldRoot, newRoot *dirFD) (layerfs.Kind, error) {
-	differ, _, _, err := c.diff(oldRoot, newRoot, ".")
-	if err != nil || !differ {
-		return 0, err
-	}
-	return layerfs.Modified, nil
+// difference is what diff finds out about one name.
+type difference struct {
+	differ             bool
+	oldIsDir, newIsDir bool
+	untouched          bool // since CompareOptions.Since: a directory has the names it had
 }
 
 // diff compares what two directories have at one name.
-func (c *comparer) diff(oldDir, newDir *dirFD, name string) (differ, oldIsDir, newIsDir bool, err error) {
+func (c *comparer) diff(old *oldDir, newDir *dirFD, name string) (d difference, err error) {
 	var a, b unix.Stat_t
 	if err := statAt(newDir, name, &b); err != nil {
-		return false, false, false, err
+		return d, err
 	}
-	newIsDir = b.Mode&unix.S_IFMT == unix.S_IFDIR
+	d.newIsDir = b.Mode&unix.S_IFMT == unix.S_IFDIR
 	if !c.opts.Since.IsZero() && before(b.Ctim, c.since) {
-		return false, newIsDir, newIsDir, nil
+		d.oldIsDir, d.untouched = d.newIsDir, true
+		return d, nil
+	}
+	oldDir, err := old.open()
+	if err != nil {
+		return d, err
 	}
 	if err := statAt(oldDir, name, &a); err != nil {
-		return false, false, false, err
+		return d, err
 	}
-	oldIsDir = a.Mode&unix.S_IFMT == unix.S_IFDIR
+	d.oldIsDir = a.Mode&unix.S_IFMT == unix.S_IFDIR
 	if a.Dev == b.Dev && a.Ino == b.Ino {
-		return false, oldIsDir, newIsDir, nil
+		return d, nil
 	}
 	if a.Mode != b.Mode || a.Uid != b.Uid || a.Gid != b.Gid || a.Mtim != b.Mtim {
-		return true, oldIsDir, newIsDir, nil
+		d.differ = true
+		return d, nil
 	}
-	differ, err = c.diffMore(oldDir, newDir, name, &a, &b)
-	return differ, oldIsDir, newIsDir, err
+	d.differ, err = c.diffMore(oldDir, newDir, name, &a, &b)
+	return d, err
 }
 
 func before(t unix.Timespec, s stamp) bool {
