@@ -510,7 +510,17 @@ func (m *mechanism) checkMetadata(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("%w: %w", errNeedsCheck, err)
 	}
-	cmd := exec.CommandContext(ctx, tool, "--clear-needs-check-flag", m.metadataPath)
+	path := m.metadataPath
+	if m.opts.files() {
+		// It reads with O_DIRECT, which some file systems do not have.
+		d, err := loop.Attach(ctx, path, &loop.Options{AutoClear: true})
+		if err != nil {
+			return err
+		}
+		defer d.Close()
+		path = d.Path()
+	}
+	cmd := exec.CommandContext(ctx, tool, "--clear-needs-check-flag", path)
 	cmd.Env = append(os.Environ(), "LC_ALL=C")
 	out, err := cmd.CombinedOutput()
 	if err != nil {

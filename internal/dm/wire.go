@@ -86,6 +86,9 @@ type Entry struct {
 // the empty list.
 func decodeNames(b []byte) ([]Entry, error) {
 	var out []Entry
+	if len(b) == 0 { // what the kernel says of no devices at all
+		return nil, nil
+	}
 	for range maxRecords {
 		if len(b) < nameHead {
 			return nil, badRecord("name list")
