@@ -7,6 +7,8 @@ import (
 	"strconv"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/layerfs/layerfs/internal/sys"
 )
 
 func asPathError(err error, pe **fs.PathError) bool { return errors.As(err, pe) }
@@ -60,7 +62,9 @@ func listXattrs(buf []byte, list func([]byte) (int, error)) ([]string, error) {
 			}
 			var names []string
 			for b := range bytes.SplitSeq(bytes.TrimSuffix(buf[:n], []byte{0}), []byte{0}) {
-				names = append(names, string(b))
+				if name := string(b); !sys.IsStorageXattr(name) {
+					names = append(names, name)
+				}
 			}
 			return names, nil
 		case unix.ENOTSUP:

@@ -16,6 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/layerfs/layerfs"
+	"github.com/layerfs/layerfs/internal/sys"
 	"github.com/layerfs/layerfs/whiteout"
 )
 
@@ -284,6 +285,9 @@ func (c *comparison) xattrs(f *os.File) ([]xattr, error) {
 	}
 	var list []xattr
 	for _, stored := range names {
+		if sys.IsStorageXattr(stored) {
+			continue
+		}
 		shown := stored
 		if strings.HasPrefix(stored, c.m.prefix) {
 			name, escaped := whiteout.Unescape(stored)

@@ -10,6 +10,8 @@ import (
 	"strings"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/layerfs/layerfs/internal/sys"
 )
 
 // node is everything that can be asked about one file but its content.
@@ -60,6 +62,9 @@ func xattrs(path string) (map[string]string, error) {
 	m := map[string]string{}
 	value := make([]byte, 64<<10) // XATTR_SIZE_MAX
 	for _, name := range strings.Split(strings.TrimSuffix(string(list[:n]), "\x00"), "\x00") {
+		if sys.IsStorageXattr(name) {
+			continue
+		}
 		n, err := unix.Lgetxattr(path, name, value)
 		if err != nil {
 			return nil, &os.PathError{Op: "lgetxattr " + name, Path: path, Err: err}
