@@ -125,11 +125,7 @@ func emptyAndRemove(path string) error {
 
 // setReadOnly sets or clears the flag. It costs a commit if it changes.
 func setReadOnly(path string, on bool) error {
-	is, err := btrfs.IsReadOnly(path)
-	if err != nil || is == on {
-		return err
-	}
-	err = btrfs.SetReadOnly(path, on)
+	err := btrfs.SetReadOnly(path, on)
 	if errors.Is(err, unix.EPERM) && !on {
 		return fmt.Errorf("%s: a send stream of it is being made, or it is another user's: %w", path, err)
 	}
@@ -151,27 +147,41 @@ func (m *mechanism) temporary(id string) (path string, unlock func(), err error)
 // it, as ids do not begin with a dot.
 func snapshotLock(name string) string { return ".snapshot." + name }
 
-// sweep removes the snapshots of processes that died.
+// sweep removes the snapshots of processes that died, and what they were about
+// to put in the place of layers.
 func (m *mechanism) sweep() error {
 	entries, err := os.ReadDir(m.snapshots())
 	if err != nil {
 		return err
 	}
 	for _, e := range entries {
-		unlock, ok, err := m.dir.TryLock(snapshotLock(e.Name()))
-		if err != nil {
+		if err := m.sweepOne(snapshotLock(e.Name()), filepath.Join(m.snapshots(), e.Name())); err != nil {
 			return err
 		}
-		if !ok {
-			continue // in use
-		}
-		err = m.destroy(context.Background(), filepath.Join(m.snapshots(), e.Name()))
-		unlock()
-		if err != nil {
-			return err
-		}
-		m.log.Info("recovered", "driver", name, "snapshot", e.Name(), "reason", "its process died", "repair", "delete it")
 	}
+	builds, err := m.dir.Builds()
+	if err != nil {
+		return err
+	}
+	for _, id := range builds {
+		if err := m.sweepOne(id, m.dir.BuildPath(id)); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// sweepOne removes a subvolume unless somebody has its lock.
+func (m *mechanism) sweepOne(lock, path string) error {
+	unlock, ok, err := m.dir.TryLock(lock)
+	if err != nil || !ok {
+		return err
+	}
+	defer unlock()
+	if err := m.destroy(context.Background(), path); err != nil {
+		return err
+	}
+	m.log.Info("recovered", "driver", name, "path", path, "reason", "its process died", "repair", "delete it")
 	return nil
 }
 

@@ -135,7 +135,7 @@ const (
 	largeFS        = 50 << 30
 
 	// Chunks of a type that are this full will soon need another.
-	nearlyFull = 0.85
+	nearlyFull = 0.80
 	// Below this, emptying chunks of the other type frees whole ones.
 	worthBalance = 0.75
 )
@@ -150,7 +150,7 @@ type Exhaustion struct {
 }
 
 // Exhaustion reports whether writes will soon fail with ENOSPC because no
-// further chunk can be allocated: chunks of a type are 85 % full, and what is
+// further chunk can be allocated: chunks of a type are 80 % full, and what is
 // unallocated does not hold another. The second result is false if all is well.
 //
 // df does not show this, as it counts the free bytes of data chunks even if it

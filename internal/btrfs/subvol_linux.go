@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -194,8 +195,8 @@ func DestroyAll(ctx context.Context, path string) ([]uint64, error) {
 		err := Destroy(full)
 		if errors.Is(err, unix.EROFS) {
 			// The one that holds it was made read-only after it was nested there.
-			// It goes next, so the flag has served its time.
-			if err = SetReadOnly(filepath.Dir(full), false); err == nil {
+			// It goes later, so the flag has served its time.
+			if err = SetReadOnly(holder(path, nested, n.Path), false); err == nil {
 				err = Destroy(full)
 			}
 		}
@@ -208,6 +209,17 @@ func DestroyAll(ctx context.Context, path string) ([]uint64, error) {
 		return gone, err
 	}
 	return append(gone, info.ID), nil
+}
+
+// holder returns the subvolume below path that a nested one is directly in.
+func holder(path string, nested []NestedSubvolume, rel string) string {
+	best := ""
+	for _, n := range nested {
+		if len(n.Path) > len(best) && strings.HasPrefix(rel, n.Path+"/") {
+			best = n.Path
+		}
+	}
+	return filepath.Join(path, best)
 }
 
 // NestedSubvolume is a subvolume below another one.
@@ -317,10 +329,12 @@ func timeOf(t sys.BtrfsTimespec) time.Time {
 // needs ownership. Setting it while files are open for writing there gives
 // EBUSY or lets those writes pass, depending on the kernel.
 //
-// Clearing the flag of a received subvolume makes its received UUID wrong;
-// the kernel drops it since Linux 5.14.2.
+// A received subvolume that can be written no longer is what it was received
+// from, so its received UUID is dropped with the flag, also if only that is left
+// of an earlier call. The kernel leaves that to its callers.
 //
-// Kernel: BTRFS_IOC_SUBVOL_GETFLAGS and BTRFS_IOC_SUBVOL_SETFLAGS.
+// Kernel: BTRFS_IOC_SUBVOL_GETFLAGS, BTRFS_IOC_SUBVOL_SETFLAGS and
+// BTRFS_IOC_SET_RECEIVED_SUBVOL. A change of the flag is a commit.
 func SetReadOnly(path string, readOnly bool) error {
 	f, err := openDir(path)
 	if err != nil {
@@ -335,10 +349,19 @@ func SetReadOnly(path string, readOnly bool) error {
 	if readOnly {
 		want |= flagReadOnly
 	}
-	if want == flags {
+	if want != flags {
+		if err := sys.Ioctl(f, "ioctl BTRFS_IOC_SUBVOL_SETFLAGS", sys.BtrfsIocSubvolSetFlags, &want); err != nil {
+			return err
+		}
+	}
+	if readOnly {
 		return nil
 	}
-	return sys.Ioctl(f, "ioctl BTRFS_IOC_SUBVOL_SETFLAGS", sys.BtrfsIocSubvolSetFlags, &want)
+	info, err := infoOf(f)
+	if err != nil || info.ReceivedUUID.IsZero() {
+		return err
+	}
+	return sys.Ioctl(f, "ioctl BTRFS_IOC_SET_RECEIVED_SUBVOL", sys.BtrfsIocSetReceived, &sys.BtrfsReceivedArgs{})
 }
 
 // IsReadOnly reports whether the subvolume at path has the read-only flag.
