@@ -1,0 +1,277 @@
+package zfs
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+	"golang.org/x/sys/unix"
+
+	"github.com/layerfs/layerfs"
+	"github.com/layerfs/layerfs/internal/lifecycle"
+	"github.com/layerfs/layerfs/internal/tree"
+)
+
+func mustOpen(tb testing.TB, root string, opts *Options) *Driver {
+	tb.Helper()
+	o := *opts
+	o.Dataset = datasetOf(root)
+	d, err := New(root, &o)
+	require.NoError(tb, err)
+	tb.Cleanup(func() { require.NoError(tb, d.Close()) })
+	return d
+}
+
+// chainOf returns a layer's chain.
+func chainOf(tb testing.TB, d *Driver, ids ...string) lifecycle.Chain {
+	tb.Helper()
+	var c lifecycle.Chain
+	for _, id := range ids {
+		rec, err := d.m.dir.Load(id)
+		require.NoError(tb, err)
+		c = append(c, rec)
+	}
+	return c
+}
+
+func fill(tb testing.TB, d *Driver, id string, fn func(path string)) {
+	tb.Helper()
+	path, err := d.Get(tb.Context(), id, nil)
+	require.NoError(tb, err)
+	fn(path)
+	require.NoError(tb, d.Put(tb.Context(), id))
+}
+
+// oracle compares two layers by a plain double walk that knows nothing of this
+// package.
+func oracle(tb testing.TB, d *Driver, older, newer lifecycle.Chain) []layerfs.Change {
+	tb.Helper()
+	a, err := d.m.View(tb.Context(), older)
+	require.NoError(tb, err)
+	b, err := d.m.View(tb.Context(), newer)
+	require.NoError(tb, err)
+	list, err := tree.Changes(a.Path, b.Path)
+	require.NoError(tb, err)
+	require.NoError(tb, errors.Join(a.Release(), b.Release()))
+	return list
+}
+
+func requireNative(tb testing.TB, d *Driver) {
+	tb.Helper()
+	if d.Features().NativeChanges {
+		return
+	}
+	if kernelMounts() {
+		tb.Fatalf("OpenZFS without zfs diff: %s", d.Features().Reasons["NativeChanges"])
+	}
+	tb.Skip("zfs-fuse has no zfs diff: " + d.Features().Reasons["NativeChanges"])
+}
+
+// TestNativeChanges has the changes that zfs diff tells in its own way.
+func TestNativeChanges(t *testing.T) {
+	root := newRootDir(t)
+	d := mustOpen(t, root, &Options{})
+	requireNative(t, d)
+	ctx := t.Context()
+	require.NoError(t, d.Create(ctx, "base", "", nil))
+	fill(t, d, "base", func(path string) {
+		tree.Build(t, path, "file same 1", "file dir/f 1", "file dir/sub/g 2", "file old 3", "file linked 4", "link d2/name linked",
+			"file hard 5", "link hard2 hard", "file gone 6", "file type 7", "file move/in/deep 8", "file swap1/a 1", "file swap2/b 2", "file again/a 1", "file attr 9")
+	})
+	require.NoError(t, d.Create(ctx, "top", "base", nil))
+	for i, step := range []struct {
+		name     string
+		declines bool
+		fn       func(p string) error
+	}{
+		{"nothing", false, func(string) error { return nil }},
+		{"write", false, func(p string) error { return os.WriteFile(p+"/dir/f", []byte("new"), 0o644) }},
+		{"rename", false, func(p string) error { return os.Rename(p+"/old", p+"/dir/renamed") }},
+		{"delete", false, func(p string) error { return os.Remove(p + "/gone") }},
+		{"rename directory", false, func(p string) error { return os.Rename(p+"/move", p+"/dir/moved") }},
+		{"change in renamed directory", false, func(p string) error { return os.WriteFile(p+"/dir/moved/in/deep", []byte("x"), 0o644) }},
+		{"type", false, func(p string) error {
+			return errors.Join(os.Remove(p+"/type"), os.MkdirAll(p+"/type/new", 0o755), os.WriteFile(p+"/type/new/f", nil, 0o600))
+		}},
+		{"odd names", false, func(p string) error {
+			return errors.Join(os.WriteFile(p+"/a b\t\\0\n\xff\x01é", nil, 0o644), os.Mkdir(p+"/<xattrdir>", 0o755), os.WriteFile(p+"/<xattrdir>/x", nil, 0o644))
+		}},
+		{"exchange", false, func(p string) error {
+			return unix.Renameat2(unix.AT_FDCWD, p+"/swap1", unix.AT_FDCWD, p+"/swap2", unix.RENAME_EXCHANGE)
+		}},
+		{"directory made again", false, func(p string) error {
+			return errors.Join(os.RemoveAll(p+"/again"), os.Mkdir(p+"/again", 0o755), os.WriteFile(p+"/again/b", nil, 0o644))
+		}},
+		{"chmod and back", false, func(p string) error { return errors.Join(os.Chmod(p+"/same", 0o600), os.Chmod(p+"/same", 0o644)) }},
+		{"xattr", false, func(p string) error { return unix.Setxattr(p+"/attr", "user.x", []byte("1"), 0) }},
+		{"large xattr", false, func(p string) error {
+			return unix.Setxattr(p+"/attr", "user.large", bytes.Repeat([]byte("x"), 60<<10), 0)
+		}},
+		{"time", false, func(p string) error { return os.Chtimes(p+"/same", time.Unix(1, 2), time.Unix(3, 4)) }},
+		{"root", false, func(p string) error { return os.Chmod(p, 0o700) }},
+		{"link added", false, func(p string) error { return os.Link(p+"/dir/sub/g", p+"/dir/g2") }},
+		{"link removed", false, func(p string) error { return os.Remove(p + "/hard2") }},
+		{"file of two names written", true, func(p string) error { return os.WriteFile(p+"/linked", []byte("both"), 0o644) }},
+	} {
+		t.Run(fmt.Sprintf("%02d-%s", i, step.name), func(t *testing.T) {
+			fill(t, d, "top", func(p string) {
+				err := step.fn(p)
+				if errors.Is(err, unix.EINVAL) && step.name == "exchange" {
+					t.Skip("this file system cannot exchange names (OpenZFS 2.2 can)")
+				}
+				require.NoError(t, err)
+			})
+			chain := chainOf(t, d, "top", "base")
+			want := oracle(t, d, chain[1:], chain)
+			got, err := d.m.nativeChanges(ctx, chain, 1)
+			if step.declines {
+				require.ErrorIs(t, err, lifecycle.ErrDecline)
+				return
+			}
+			require.NoError(t, err)
+			assert.Equal(t, tree.FormatChanges(want), tree.FormatChanges(got))
+		})
+	}
+}
+
+// TestRandomHistories checks, for stacks of three random layers, that what zfs
+// tells is what a walk finds. LAYERFS_HISTORIES is how many.
+func TestRandomHistories(t *testing.T) {
+	histories := 4
+	if n, err := strconv.Atoi(os.Getenv("LAYERFS_HISTORIES")); err == nil {
+		histories = n
+	}
+	root := newRootDir(t)
+	d := mustOpen(t, root, &Options{})
+	requireNative(t, d)
+	declined := 0
+	for seed := range histories {
+		rnd := rand.New(rand.NewPCG(uint64(seed), 1))
+		ids := []string{"", "", ""}
+		parent := ""
+		for i := range ids {
+			id := fmt.Sprintf("h%d-%d", seed, i)
+			require.NoError(t, d.Create(t.Context(), id, parent, nil))
+			fill(t, d, id, func(path string) {
+				for range 5 + rnd.IntN(25) {
+					randomStep(rnd, path)
+				}
+			})
+			ids[len(ids)-1-i], parent = id, id
+		}
+		chain := chainOf(t, d, ids...)
+		for base := 1; base < len(chain); base++ {
+			want := oracle(t, d, chain[base:], chain)
+			got, err := d.m.nativeChanges(t.Context(), chain, base)
+			if errors.Is(err, lifecycle.ErrDecline) {
+				declined++
+				continue
+			}
+			require.NoError(t, err)
+			require.Equal(t, tree.FormatChanges(want), tree.FormatChanges(got), "seed %d, base %d", seed, base)
+		}
+		for _, id := range ids {
+			require.NoError(t, d.Remove(t.Context(), id))
+		}
+	}
+	t.Logf("%d of %d comparisons were declined", declined, 2*histories)
+	if histories > 3 && declined == 2*histories {
+		t.Error("all comparisons were declined")
+	}
+}
+
+// randomStep does one thing to a tree; what does not work there is no step.
+func randomStep(rnd *rand.Rand, root string) {
+	name := func() string { return string(rune('a' + rnd.IntN(5))) }
+	path := func() string {
+		p := root
+		for range 1 + rnd.IntN(3) {
+			p = filepath.Join(p, name())
+		}
+		return p
+	}
+	p, q := path(), path()
+	switch rnd.IntN(12) {
+	case 0, 1:
+		_ = os.WriteFile(p, bytes.Repeat([]byte{byte(rnd.IntN(256))}, rnd.IntN(9000)), 0o644)
+	case 2, 3:
+		_ = os.MkdirAll(p, 0o755)
+	case 4:
+		_ = os.Rename(p, q)
+	case 5:
+		_ = os.RemoveAll(p)
+	case 6:
+		_ = os.Chmod(p, os.FileMode(0o600+rnd.IntN(0o100)))
+	case 7:
+		if rnd.IntN(4) == 0 {
+			_ = os.Link(p, q)
+		}
+	case 8:
+		_ = os.Symlink(name(), p)
+	case 9:
+		_ = unix.Lsetxattr(p, "user."+name(), []byte(name()), 0)
+	case 10:
+		_ = os.Truncate(p, int64(rnd.IntN(1<<20)))
+	case 11:
+		_ = unix.Mknod(p, unix.S_IFCHR|0o600, int(unix.Mkdev(1, uint32(rnd.IntN(9)))))
+	}
+}
+
+// TestNativeSpeed: three changes in a tree of many files are found 20 times
+// faster than by a walk.
+func TestNativeSpeed(t *testing.T) {
+	if testing.Short() {
+		t.Skip("compares times")
+	}
+	root := newRootDir(t)
+	d := mustOpen(t, root, &Options{})
+	requireNative(t, d)
+	ctx := t.Context()
+	require.NoError(t, d.Create(ctx, "base", "", nil))
+	const dirs, each = 100, 200
+	fill(t, d, "base", func(p string) {
+		for i := range dirs {
+			dir := fmt.Sprintf("%s/%d", p, i)
+			require.NoError(t, os.Mkdir(dir, 0o755))
+			for j := range each {
+				require.NoError(t, os.WriteFile(fmt.Sprintf("%s/%d", dir, j), []byte("content"), 0o644))
+			}
+		}
+	})
+	require.NoError(t, d.Create(ctx, "top", "base", nil))
+	fill(t, d, "top", func(p string) {
+		require.NoError(t, errors.Join(os.WriteFile(p+"/1/1", []byte("x"), 0o644), os.Remove(p+"/2/2"), os.WriteFile(p+"/3/new", nil, 0o644)))
+	})
+	chain := chainOf(t, d, "top", "base")
+	best := func(fn func()) time.Duration {
+		least := time.Hour
+		for range 3 {
+			start := time.Now()
+			fn()
+			least = min(least, time.Since(start))
+		}
+		return least
+	}
+	var want, got []layerfs.Change
+	walk := best(func() { want = oracle(t, d, chain[1:], chain) })
+	native := best(func() {
+		var err error
+		got, err = d.m.nativeChanges(context.WithoutCancel(ctx), chain, 1)
+		require.NoError(t, err)
+	})
+	assert.True(t, slices.Equal(want, got), "%v, %v", want, got)
+	t.Logf("%d files: walk %v, native %v, ratio %.1f", dirs*each, walk, native, float64(walk)/float64(native))
+	if walk < 20*native {
+		t.Errorf("the walk takes %v, zfs diff %v", walk, native)
+	}
+}

@@ -1,0 +1,178 @@
+package zfs
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"strings"
+	"time"
+)
+
+// tool runs the programs. It is immutable.
+type tool struct {
+	zfs, zpool string
+	pool       string        // whose health explains a call that does not end
+	patience   time.Duration // after which the health of the pool is looked at
+}
+
+// CommandError is the error of a zfs or zpool that failed.
+type CommandError struct {
+	Args   []string // with the program's name
+	Stderr string   // trimmed
+	Err    error    // *exec.ExitError, or why it could not be run
+}
+
+// Error returns, for example,
+// "zfs destroy tank/a: dataset is busy (exit status 1)".
+func (e *CommandError) Error() string {
+	text := e.Stderr
+	if text == "" {
+		return strings.Join(e.Args, " ") + ": " + e.Err.Error()
+	}
+	return fmt.Sprintf("%s: %s (%v)", strings.Join(e.Args, " "), strings.ReplaceAll(text, "\n", "; "), e.Err)
+}
+
+// Unwrap returns the cause.
+func (e *CommandError) Unwrap() error { return e.Err }
+
+// says reports whether err is of a program that printed text. The programs
+// run with LC_ALL=C, so that their texts are those of their sources.
+func says(err error, texts ...string) bool {
+	var c *CommandError
+	if !errors.As(err, &c) {
+		return false
+	}
+	for _, text := range texts {
+		if strings.Contains(c.Stderr, text) {
+			return true
+		}
+	}
+	return false
+}
+
+// What the programs say; all versions since zfs-fuse do. libzfs_util.c,
+// zfs_standard_error_fmt.
+const (
+	textMissing = "does not exist"
+	textExists  = "already exists"
+	textBusy    = "busy"
+	textMounted = "already mounted"
+)
+
+// ErrSuspended says that the pool does not answer until an administrator has
+// repaired its devices and called zpool clear.
+var ErrSuspended = errors.New("pool is suspended")
+
+// grace is how long a program that was killed may take to end. A process in a
+// call to a suspended pool cannot be killed at all.
+const grace = 2 * time.Second
+
+// run runs zfs and returns its output.
+func (t *tool) run(ctx context.Context, args ...string) ([]byte, error) {
+	var out bytes.Buffer
+	if err := t.pipe(ctx, nil, &out, t.zfs, args...); err != nil {
+		return nil, err // a program that was left behind may still write to out
+	}
+	return out.Bytes(), nil
+}
+
+// rows runs zfs and parses its output.
+func (t *tool) rows(ctx context.Context, columns int, args ...string) ([][]string, error) {
+	out, err := t.run(ctx, args...)
+	if err != nil {
+		return nil, err
+	}
+	return table(out, columns)
+}
+
+// pipe runs a program. When ctx is done it is killed. While it runs for long
+// the pool is looked at, so that a suspended pool is an error and not a hang;
+// the program is then left behind until the pool lives again.
+func (t *tool) pipe(ctx context.Context, in io.Reader, out io.Writer, program string, args ...string) error {
+	if err := context.Cause(ctx); err != nil {
+		return err
+	}
+	var stderr bytes.Buffer
+	cmd := exec.Command(program, args...)
+	cmd.Env = append(os.Environ(), "LC_ALL=C")
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = in, out, &stderr
+	cmd.WaitDelay = grace
+	fail := func(err error) error {
+		name := program[strings.LastIndexByte(program, '/')+1:]
+		return &CommandError{Args: append([]string{name}, args...), Stderr: strings.TrimSpace(stderr.String()), Err: err}
+	}
+	if err := cmd.Start(); err != nil {
+		return fail(err)
+	}
+	done := make(chan error, 1)
+	go func() { done <- cmd.Wait() }()
+	look := time.NewTicker(t.patience)
+	defer look.Stop()
+	for {
+		select {
+		case err := <-done:
+			if err != nil {
+				return fail(err)
+			}
+			return nil
+		case <-ctx.Done():
+			if abandon(cmd, done) {
+				return context.Cause(ctx)
+			}
+			// stderr still belongs to the process.
+			return fmt.Errorf("%w; %s does not end and is left behind", context.Cause(ctx), program)
+		case <-look.C:
+			if !t.suspended() {
+				continue
+			}
+			abandon(cmd, done)
+			return fmt.Errorf("%s %s: pool %s: %w", program, strings.Join(args, " "), t.pool, ErrSuspended)
+		}
+	}
+}
+
+// abandon kills a process and reports whether it has ended.
+func abandon(cmd *exec.Cmd, done <-chan error) bool {
+	_ = cmd.Process.Kill() // it may have ended
+	t := time.NewTimer(grace)
+	defer t.Stop()
+	select {
+	case <-done:
+		return true
+	case <-t.C:
+		return false
+	}
+}
+
+// suspended reports whether the pool is known to be suspended.
+func (t *tool) suspended() bool {
+	ctx, cancel := context.WithTimeout(context.Background(), grace)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, t.zpool, "list", "-H", "-o", "health", t.pool)
+	cmd.Env = append(os.Environ(), "LC_ALL=C")
+	cmd.WaitDelay = grace
+	out, err := cmd.Output()
+	return err == nil && strings.TrimSpace(string(out)) == "SUSPENDED"
+}
+
+// find returns the path of a program. Administrators' programs are not in
+// every user's PATH.
+func find(name, option string) (string, error) {
+	if option != "" {
+		return exec.LookPath(option)
+	}
+	path, err := exec.LookPath(name)
+	if err == nil {
+		return path, nil
+	}
+	for _, dir := range []string{"/sbin/", "/usr/sbin/", "/usr/local/sbin/"} {
+		if p, err := exec.LookPath(dir + name); err == nil {
+			return p, nil
+		}
+	}
+	return "", err
+}

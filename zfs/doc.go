@@ -1,0 +1,46 @@
+// Package zfs keeps layers as ZFS file systems: a new layer is a clone of a
+// snapshot of its parent, whatever that holds.
+//
+// The datasets are made with the programs zfs and zpool, never with libzfs,
+// which is tied to a version of the module. OpenZFS (Linux and FreeBSD) and
+// zfs-fuse work; what either can do is found out by trying, see [New].
+//
+// # Layout
+//
+//	PARENT                       a dataset of the user; nothing of it is changed
+//	PARENT/ID                    a layer: canmount=noauto, so nobody but this
+//	                             package mounts it
+//	PARENT/ID@layerfs-HASH-RANDOM
+//	                             what the children of ID are cloned from; marked
+//	                             for deferred destruction, so it goes with the
+//	                             last of them. HASH is of the first child's id
+//	ROOT/zfs/graph/ID            where Get mounts a layer
+//	ROOT/zfs/.layerfs            records, locks
+//	ROOT/zfs/.layerfs/zfs.json   the parent dataset and the mark of this root
+//	ROOT/zfs/.layerfs/views      private mounts for Diff and Changes, one
+//	                             directory for each open driver
+//	ROOT/zfs/.layerfs/stage/ID   where the zfs-fuse daemon mounts a layer before
+//	                             it is shown elsewhere
+//
+// Each dataset of a layer has the user property org.layerfs:layer with the
+// mark of its root and its id. A dataset without it was made by somebody else
+// and is never mounted, changed or destroyed.
+//
+// # Order of locks
+//
+// The layer's lock, as in the shared life cycle; private mounts take it too.
+// The package has no other lock across processes.
+//
+// # Changes
+//
+// Where zfs diff works it names what may have changed, and only that is
+// compared in both trees; the result is that of a walk through both. Modified
+// files with several names are the one thing it cannot tell, because it knows
+// a file by one name: such a layer is walked.
+//
+// # Sources
+//
+// zfs-create(8), zfs-clone(8), zfs-destroy(8), zfs-diff(8), zfsprops(7) of
+// OpenZFS 2.1; lib/libzfs/libzfs_diff.c and module/os/linux/zfs/zpl_super.c of
+// the same; zfs(8) of zfs-fuse 0.7.
+package zfs

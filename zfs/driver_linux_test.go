@@ -1,0 +1,222 @@
+package zfs
+
+import (
+	"context"
+	"errors"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	"github.com/layerfs/layerfs"
+)
+
+// The tests of this file run with OpenZFS and with zfs-fuse.
+
+func read(tb testing.TB, d *Driver, id, name string) string {
+	tb.Helper()
+	var text string
+	fill(tb, d, id, func(path string) {
+		b, err := os.ReadFile(filepath.Join(path, name))
+		if err == nil {
+			text = string(b)
+		}
+	})
+	return text
+}
+
+func write(tb testing.TB, d *Driver, id, name, text string) {
+	tb.Helper()
+	fill(tb, d, id, func(path string) {
+		require.NoError(tb, os.WriteFile(filepath.Join(path, name), []byte(text), 0o644))
+	})
+}
+
+func TestLifeCycle(t *testing.T) {
+	d := mustOpen(t, newRootDir(t), &Options{})
+	ctx := t.Context()
+	require.NoError(t, d.Create(ctx, "base", "", nil))
+	write(t, d, "base", "f", "base")
+	require.NoError(t, d.Create(ctx, "a", "base", nil))
+	require.NoError(t, d.Create(ctx, "b", "base", nil))
+	write(t, d, "a", "f", "a")
+	assert.Equal(t, "base", read(t, d, "b", "f"))
+	assert.Equal(t, "base", read(t, d, "base", "f"))
+
+	path, err := d.Get(ctx, "base", nil)
+	require.NoError(t, err)
+	assert.Error(t, os.WriteFile(filepath.Join(path, "f"), nil, 0o644), "a frozen layer is read-only")
+	require.NoError(t, d.Put(ctx, "base"))
+
+	var changes []string
+	for c, err := range d.Changes(ctx, "a", "base") {
+		require.NoError(t, err)
+		changes = append(changes, c.String())
+	}
+	assert.Contains(t, changes, "C /f")
+
+	require.NoError(t, d.Rollback(ctx, "a"))
+	assert.Equal(t, "base", read(t, d, "a", "f"))
+	require.ErrorIs(t, d.Remove(ctx, "base"), layerfs.ErrInUse)
+
+	rec, err := d.m.dir.Load("b")
+	require.NoError(t, err)
+	snap := datasetOf(filepath.Dir(d.m.home)) + "/base@" + backendOf(rec).Snapshot
+	_, err = command("zfs", "list", "-H", "-t", "snapshot", snap)
+	require.NoError(t, err)
+	require.NoError(t, errors.Join(d.Remove(ctx, "a"), d.Remove(ctx, "b")))
+	_, err = command("zfs", "list", "-H", "-t", "snapshot", snap)
+	assert.ErrorContains(t, err, "does not exist", "the snapshot goes with its last clone")
+
+	write(t, d, "base", "f", "changed again")
+	require.NoError(t, d.Create(ctx, "c", "base", nil))
+	assert.Equal(t, "changed again", read(t, d, "c", "f"), "not from an old snapshot")
+	require.NoError(t, errors.Join(d.Remove(ctx, "c"), d.Remove(ctx, "base")))
+}
+
+// A layer that was cloned from another outlives it.
+func TestClonePromoted(t *testing.T) {
+	d := mustOpen(t, newRootDir(t), &Options{})
+	ctx := t.Context()
+	require.NoError(t, d.Create(ctx, "base", "", nil))
+	require.NoError(t, d.Create(ctx, "a", "base", nil))
+	write(t, d, "a", "f", "one")
+	require.NoError(t, d.Clone(ctx, "x", "a", nil))
+	write(t, d, "a", "f", "two")
+	require.NoError(t, d.Clone(ctx, "y", "a", nil))
+	require.NoError(t, d.Remove(ctx, "a"))
+	assert.Equal(t, "one", read(t, d, "x", "f"))
+	assert.Equal(t, "two", read(t, d, "y", "f"))
+	require.NoError(t, errors.Join(d.Remove(ctx, "y"), d.Remove(ctx, "x"), d.Remove(ctx, "base")))
+	out := mustCommand(t, "zfs", "list", "-H", "-r", "-t", "filesystem,snapshot", "-o", "name", d.m.parent)
+	assert.Equal(t, d.m.parent, strings.TrimSpace(out))
+}
+
+// Datasets of somebody else are neither used nor destroyed.
+func TestForeignDatasets(t *testing.T) {
+	root := newRootDir(t)
+	ds := datasetOf(root)
+	mustCommand(t, "zfs", "create", "-o", "canmount=off", "-o", "mountpoint=none", ds+"/foreign")
+	mustCommand(t, "zfs", "create", "-o", "canmount=off", "-o", propLayer+"=otherroot:other", ds+"/other")
+	d := mustOpen(t, root, &Options{})
+	assert.Empty(t, d.Recovered())
+	ctx := t.Context()
+	for _, id := range []string{"foreign", "other"} {
+		err := d.Create(ctx, id, "", nil)
+		require.ErrorIs(t, err, layerfs.ErrExist)
+		require.ErrorIs(t, err, errForeign)
+	}
+	mustCommand(t, "zfs", "list", ds+"/foreign", ds+"/other")
+
+	// Below a layer there may be one, too.
+	require.NoError(t, d.Create(ctx, "a", "", nil))
+	mustCommand(t, "zfs", "create", "-o", "canmount=off", "-o", "mountpoint=none", ds+"/a/mine")
+	err := d.Remove(ctx, "a")
+	require.ErrorIs(t, err, errForeign)
+	mustCommand(t, "zfs", "list", ds+"/a/mine")
+	mustCommand(t, "zfs", "destroy", ds+"/a/mine")
+	require.NoError(t, d.Remove(ctx, "a"))
+}
+
+// A crash between the clone and the record leaves a dataset without a record,
+// and one between snapshot and clone a snapshot.
+func TestRecoverOrphan(t *testing.T) {
+	root := newRootDir(t)
+	d := mustOpen(t, root, &Options{})
+	ctx := t.Context()
+	require.NoError(t, d.Create(ctx, "base", "", nil))
+	write(t, d, "base", "f", "kept")
+	require.NoError(t, d.Create(ctx, "a", "base", nil))
+	require.NoError(t, os.Remove(d.m.state("records", "a")))
+	require.NoError(t, os.Mkdir(d.m.Path("b"), 0o700))
+	lost, err := newSnapshot(d.m.dataset("base"), "b")
+	require.NoError(t, err)
+	mustCommand(t, "zfs", "snapshot", lost)
+
+	again := mustOpen(t, root, &Options{})
+	var ids []string
+	for _, p := range again.Recovered() {
+		ids = append(ids, p.ID)
+	}
+	assert.ElementsMatch(t, []string{"a", "b"}, ids)
+	out := mustCommand(t, "zfs", "list", "-H", "-r", "-t", "filesystem,snapshot", "-o", "name", again.m.parent)
+	assert.Equal(t, []string{again.m.parent, again.m.dataset("base")}, strings.Fields(out))
+	assert.Equal(t, "kept", read(t, again, "base", "f"))
+	require.NoError(t, again.Remove(ctx, "base"))
+}
+
+func TestQuota(t *testing.T) {
+	d := mustOpen(t, newRootDir(t), &Options{})
+	ctx := t.Context()
+	require.NoError(t, d.Create(ctx, "a", "", &layerfs.CreateOptions{Quota: layerfs.Quota{Bytes: 32 << 20}}))
+	value := func() string {
+		return strings.TrimSpace(mustCommand(t, "zfs", "get", "-H", "-p", "-o", "value", "quota", d.m.dataset("a")))
+	}
+	assert.Equal(t, "33554432", value())
+	require.NoError(t, d.SetQuota(ctx, "a", layerfs.Quota{Bytes: 64 << 20}))
+	assert.Equal(t, "67108864", value())
+	require.NoError(t, d.SetQuota(ctx, "a", layerfs.Quota{}))
+	assert.Equal(t, "0", value())
+	require.ErrorIs(t, d.SetQuota(ctx, "a", layerfs.Quota{Inodes: 1}), errors.ErrUnsupported)
+	require.ErrorIs(t, d.Create(ctx, "b", "", &layerfs.CreateOptions{Quota: layerfs.Quota{Inodes: 1}}), errors.ErrUnsupported)
+	require.NoError(t, d.Remove(ctx, "a"))
+}
+
+func TestStatus(t *testing.T) {
+	d := mustOpen(t, newRootDir(t), &Options{})
+	items, err := d.Status(t.Context())
+	require.NoError(t, err)
+	got := map[string]string{}
+	for _, i := range items {
+		got[i.Key] = i.Value
+	}
+	assert.Equal(t, poolOf(d.m.parent), got["Zpool"])
+	assert.Equal(t, "ONLINE", got["Zpool Health"])
+	assert.Equal(t, d.m.parent, got["Parent Dataset"])
+	assert.Equal(t, "no", got["Parent Quota"])
+	for _, key := range []string{"Space Used By Parent", "Space Available", "Compression"} {
+		assert.NotEmpty(t, got[key], key)
+	}
+}
+
+// The dataset is found from the mount above the root, and a root keeps it.
+func TestDatasetOfMount(t *testing.T) {
+	requirePool(t)
+	dir := filepath.Join(t.TempDir(), "mnt")
+	require.NoError(t, os.Mkdir(dir, 0o755))
+	giveDataset(t, dir, "-o", "mountpoint="+dir)
+	root := filepath.Join(dir, "sub", "root")
+	require.NoError(t, os.MkdirAll(root, 0o755))
+	found, err := datasetAt(root)
+	if err != nil { // -o mountpoint is given twice where the last one counts
+		t.Fatal(err)
+	}
+	assert.Equal(t, datasetOf(dir), found)
+	mustCommand(t, "zfs", "unmount", dir)
+	_, err = New(filepath.Join(t.TempDir(), "elsewhere"), nil)
+	require.ErrorIs(t, err, errors.ErrUnsupported)
+	assert.ErrorContains(t, err, "no dataset is given")
+}
+
+func TestCommandErrors(t *testing.T) {
+	d := mustOpen(t, newRootDir(t), &Options{})
+	_, err := d.m.tool.run(t.Context(), "list", "-H", d.m.parent+"/none")
+	assert.True(t, says(err, textMissing), "%v", err)
+	var c *CommandError
+	require.ErrorAs(t, err, &c)
+	assert.Equal(t, "zfs", c.Args[0])
+	ctx, cancel := context.WithCancelCause(t.Context())
+	why := errors.New("why")
+	cancel(why)
+	_, err = d.m.tool.run(ctx, "list")
+	require.ErrorIs(t, err, why)
+	sleeping := *d.m.tool
+	sleeping.zfs = "/bin/sleep"
+	ctx2, cancel2 := context.WithTimeout(t.Context(), 50e6)
+	defer cancel2()
+	_, err = sleeping.run(ctx2, "60")
+	require.ErrorIs(t, err, context.DeadlineExceeded)
+}

@@ -1,0 +1,516 @@
+//go:build linux || freebsd
+
+package zfs
+
+import (
+	"bufio"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"maps"
+	"os"
+	"slices"
+	"strconv"
+	"strings"
+	"syscall"
+
+	"github.com/layerfs/layerfs"
+	"github.com/layerfs/layerfs/archive"
+	"github.com/layerfs/layerfs/internal/lifecycle"
+	"github.com/layerfs/layerfs/internal/undo"
+)
+
+// backend is what a record keeps for this package.
+type backend struct {
+	// Snapshot is the name, after the @, of the parent's snapshot that the
+	// layer was cloned from by Create. While the layer is there the parent is
+	// frozen, so that other children can be cloned from it too.
+	Snapshot string `json:"snapshot,omitempty"`
+}
+
+func backendOf(rec *lifecycle.Record) backend {
+	var b backend
+	_ = json.Unmarshal(rec.Backend, &b) // none is none
+	return b
+}
+
+// Create makes the dataset of a layer.
+//
+// The first child of a parent takes three calls: snapshot, clone, and a
+// deferred destroy, so that the snapshot goes with the last clone. Others are
+// cloned from the same snapshot with one.
+func (m *mechanism) Create(ctx context.Context, rec *lifecycle.Record, _ lifecycle.Chain, _ *layerfs.CreateOptions) error {
+	if rec.Quota == (layerfs.Quota{}) {
+		rec.Quota = m.opts.Quota
+	}
+	return m.make(ctx, rec)
+}
+
+func (m *mechanism) make(ctx context.Context, rec *lifecycle.Record) error {
+	if rec.Parent == "" {
+		return m.build(ctx, rec, func(props []string) error {
+			_, err := m.tool.run(ctx, slices.Concat([]string{"create"}, props, []string{m.dataset(rec.ID)})...)
+			return err
+		})
+	}
+	return m.build(ctx, rec, func(props []string) error { return m.cloneParent(ctx, rec, props) })
+}
+
+// build makes the dataset of a layer by a function, and the directory it is
+// shown at.
+func (m *mechanism) build(ctx context.Context, rec *lifecycle.Record, dataset func(props []string) error) (err error) {
+	if rec.Quota.Inodes != 0 {
+		return inodeQuota()
+	}
+	if rec.MountLabel != "" && !m.facts.Kernel {
+		return &layerfs.UnsupportedError{Feature: "a mount label", Reason: "the file system is served by a daemon"}
+	}
+	ds := m.dataset(rec.ID)
+	if len(ds) > maxName {
+		return fmt.Errorf("dataset name %s has %d bytes, more than %d", ds, len(ds), maxName)
+	}
+	var u undo.Stack
+	defer u.Run(&err)
+	path := m.Path(rec.ID)
+	if err := os.Mkdir(path, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
+		return err
+	}
+	u.Push(func() error { return removeDir(path) })
+	props := m.properties(rec)
+	err = dataset(props)
+	if says(err, textExists) {
+		// A crash may have left it, or an administrator made it.
+		if derr := m.destroy(ctx, rec.ID); derr != nil {
+			return derr
+		}
+		err = dataset(props)
+	}
+	if err != nil && context.Cause(ctx) != nil {
+		// The program may have been killed after the dataset was made.
+		u.Push(func() error { return m.destroy(context.WithoutCancel(ctx), rec.ID) })
+	}
+	return err
+}
+
+// properties are the arguments that set the properties of a new layer. What is
+// inherited from the parent dataset must not spoil a layer.
+func (m *mechanism) properties(rec *lifecycle.Record) []string {
+	props := map[string]string{
+		"canmount":   "noauto",
+		"mountpoint": "legacy",
+		"readonly":   "off",
+		"snapdir":    "hidden",
+		propLayer:    markOf(m.root, rec.ID),
+	}
+	if !m.facts.Kernel {
+		props["mountpoint"] = m.stage(rec.ID) // "zfs mount" is the only way to mount
+	}
+	maps.Copy(props, m.facts.Properties)
+	maps.Copy(props, m.opts.Properties)
+	if rec.Quota.Bytes > 0 {
+		props["quota"] = strconv.FormatInt(rec.Quota.Bytes, 10)
+	}
+	if m.opts.RefQuota > 0 {
+		props["refquota"] = strconv.FormatInt(m.opts.RefQuota, 10)
+	}
+	var args []string
+	for _, p := range slices.Sorted(maps.Keys(props)) {
+		args = append(args, "-o", p+"="+props[p])
+	}
+	return args
+}
+
+// cloneParent clones a layer's dataset from its parent, which is frozen.
+func (m *mechanism) cloneParent(ctx context.Context, rec *lifecycle.Record, props []string) error {
+	if snap := m.sibling(rec); snap != "" {
+		_, err := m.tool.run(ctx, slices.Concat([]string{"clone"}, props, []string{m.dataset(rec.Parent) + "@" + snap, m.dataset(rec.ID)})...)
+		if err == nil {
+			return keep(rec, snap)
+		}
+		if !says(err, textMissing) {
+			return err
+		}
+		// The sibling and its snapshot went since.
+	}
+	snap, err := m.cloneOf(ctx, rec, m.dataset(rec.Parent), props)
+	if err != nil {
+		return err
+	}
+	return keep(rec, snap)
+}
+
+func keep(rec *lifecycle.Record, snap string) (err error) {
+	rec.Backend, err = json.Marshal(backend{Snapshot: snap})
+	return err
+}
+
+// sibling returns the snapshot of the parent that another child was cloned
+// from. That child was there since the snapshot, so the parent has not been
+// written since.
+func (m *mechanism) sibling(rec *lifecycle.Record) string {
+	children, err := m.dir.Children(rec.Parent)
+	if err != nil {
+		return ""
+	}
+	const most = 8 // that are looked at: nearly all have one
+	for _, c := range children[:min(len(children), most)] {
+		if c == rec.ID {
+			continue
+		}
+		s, err := m.dir.Load(c)
+		if err != nil || s.Parent != rec.Parent {
+			continue
+		}
+		if b := backendOf(s); strings.HasPrefix(b.Snapshot, snapshotPrefix) {
+			return b.Snapshot
+		}
+	}
+	return ""
+}
+
+// cloneOf snapshots a dataset, makes a layer of it and leaves the snapshot to
+// the clone.
+func (m *mechanism) cloneOf(ctx context.Context, rec *lifecycle.Record, from string, props []string) (snap string, err error) {
+	full, err := newSnapshot(from, rec.ID)
+	if err != nil {
+		return "", err
+	}
+	drop := func() error {
+		_, err := m.tool.run(context.WithoutCancel(ctx), "destroy", "-d", full)
+		if says(err, textMissing) {
+			return nil
+		}
+		return err
+	}
+	var u undo.Stack
+	defer u.Run(&err)
+	u.Push(drop) // before: a killed zfs may have taken it
+	if _, err := m.tool.run(ctx, "snapshot", full); err != nil {
+		return "", err
+	}
+	if _, err := m.tool.run(ctx, slices.Concat([]string{"clone"}, props, []string{full, m.dataset(rec.ID)})...); err != nil {
+		return "", err
+	}
+	u.Push(func() error { return m.destroy(context.WithoutCancel(ctx), rec.ID) })
+	if _, err := m.tool.run(ctx, "destroy", "-d", full); err != nil {
+		return "", err
+	}
+	_, snap, _ = splitSnapshot(full)
+	return snap, nil
+}
+
+// Delete removes the dataset of a layer, and what a crash of its creation left
+// elsewhere.
+func (m *mechanism) Delete(ctx context.Context, rec *lifecycle.Record) error {
+	if err := m.destroy(ctx, rec.ID); err != nil {
+		return err
+	}
+	for _, dir := range []string{m.Path(rec.ID), m.stage(rec.ID)} {
+		if err := removeDir(dir); err != nil {
+			return err
+		}
+	}
+	if !rec.Created.IsZero() {
+		return nil
+	}
+	if err := os.RemoveAll(m.dir.BuildPath(rec.ID)); err != nil {
+		return err
+	}
+	return m.dropSnapshots(ctx, rec.ID)
+}
+
+// removeDir removes an empty directory; its absence is fine.
+func removeDir(path string) error {
+	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	return nil
+}
+
+// dropSnapshots destroys the snapshots that were taken to make a layer, as far
+// as nothing was cloned from them.
+func (m *mechanism) dropSnapshots(ctx context.Context, id string) error {
+	rows, err := m.tool.rows(ctx, 2, "list", "-H", "-r", "-d", "2", "-t", "snapshot", "-o", "name,"+propLayer, m.parent)
+	if err != nil {
+		return err
+	}
+	for _, row := range rows {
+		ds, snap, _ := splitSnapshot(row[0])
+		layer, ok := strings.CutPrefix(ds, m.parent+"/")
+		// A snapshot has the properties of its dataset.
+		if !ok || row[1] != markOf(m.root, layer) || !strings.HasPrefix(snap, snapshotsFor(id)) {
+			continue
+		}
+		if _, err := m.tool.run(ctx, "destroy", "-d", row[0]); err != nil && !says(err, textMissing) {
+			return err
+		}
+	}
+	return nil
+}
+
+// destroy destroys the dataset of a layer; none is no error. Layers that were
+// cloned from it, which are not its children, get its history.
+func (m *mechanism) destroy(ctx context.Context, id string) error {
+	ds := m.dataset(id)
+	rows, err := m.tool.rows(ctx, 1, "get", "-H", "-o", "value", propLayer, ds)
+	if says(err, textMissing) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	if len(rows) != 1 || rows[0][0] != markOf(m.root, id) {
+		return fmt.Errorf("%s: %w: %w", ds, layerfs.ErrExist, errForeign)
+	}
+	err = m.patiently(ctx, func() error {
+		_, err := m.tool.run(ctx, "destroy", ds)
+		return err
+	})
+	switch {
+	case err == nil, says(err, textMissing):
+		return nil
+	case says(err, textBusy):
+		return fmt.Errorf("%w: %w", layerfs.ErrInUse, err)
+	case !says(err, "has children", "has dependent clones"):
+		return err
+	}
+	if err := m.release(ctx, ds); err != nil {
+		return err
+	}
+	return m.patiently(ctx, func() error {
+		_, err := m.tool.run(ctx, "destroy", ds)
+		return err
+	})
+}
+
+// release makes that nothing depends on a dataset: its clones are promoted and
+// its snapshots destroyed. A file system below it is none of ours and must go
+// first.
+func (m *mechanism) release(ctx context.Context, ds string) error {
+	for {
+		clone, err := m.cloneFrom(ctx, ds)
+		if err != nil {
+			return err
+		}
+		if clone == "" {
+			break
+		}
+		if _, err := m.tool.run(ctx, "promote", clone); err != nil {
+			return err
+		}
+	}
+	rows, err := m.tool.rows(ctx, 2, "list", "-H", "-r", "-t", "filesystem,snapshot,volume", "-o", "name,type", ds)
+	if err != nil {
+		return err
+	}
+	for _, row := range rows {
+		of, _, snapshot := splitSnapshot(row[0])
+		if row[0] != ds && (!snapshot || of != ds) {
+			return fmt.Errorf("%s is below a layer's dataset: %w", row[0], errForeign)
+		}
+	}
+	for _, row := range rows {
+		if row[0] == ds {
+			continue
+		}
+		if _, err := m.tool.run(ctx, "destroy", "-d", row[0]); err != nil && !says(err, textMissing) {
+			return err
+		}
+	}
+	return nil
+}
+
+// cloneFrom returns a layer's dataset whose origin is a snapshot of ds.
+func (m *mechanism) cloneFrom(ctx context.Context, ds string) (string, error) {
+	rows, err := m.tool.rows(ctx, 3, "list", "-H", "-r", "-t", "filesystem,volume", "-o", "name,origin,"+propLayer, m.tool.pool)
+	if err != nil {
+		return "", err
+	}
+	for _, row := range rows {
+		of, _, ok := splitSnapshot(row[1])
+		if !ok || of != ds {
+			continue
+		}
+		id, ok := strings.CutPrefix(row[0], m.parent+"/")
+		if !ok || row[2] != markOf(m.root, id) {
+			return "", fmt.Errorf("%s was cloned from the layer: %w: %w", row[0], layerfs.ErrInUse, errForeign)
+		}
+		return row[0], nil
+	}
+	return "", nil
+}
+
+// Stored lists the layers that have a dataset or a directory. It is one call
+// of zfs, whatever the number of layers.
+func (m *mechanism) Stored(ctx context.Context) ([]string, error) {
+	rows, err := m.tool.rows(ctx, 2, "list", "-H", "-r", "-d", "1", "-t", "filesystem", "-o", "name,"+propLayer, m.parent)
+	if err != nil {
+		return nil, err
+	}
+	ids := marked(rows, m.parent, m.root)
+	builds, err := m.dir.Builds()
+	if err != nil {
+		return nil, err
+	}
+	entries, err := os.ReadDir(m.graph())
+	if err != nil {
+		return nil, err
+	}
+	ids = append(ids, builds...)
+	for _, e := range entries {
+		ids = append(ids, e.Name())
+	}
+	slices.Sort(ids)
+	return slices.Compact(ids), nil
+}
+
+// Find reports what of a layer is missing.
+func (m *mechanism) Find(ctx context.Context, rec *lifecycle.Record) error {
+	rows, err := m.tool.rows(ctx, 1, "get", "-H", "-o", "value", propLayer, m.dataset(rec.ID))
+	if err != nil {
+		return err
+	}
+	if len(rows) != 1 || rows[0][0] != markOf(m.root, rec.ID) {
+		return fmt.Errorf("%s: %w", m.dataset(rec.ID), errForeign)
+	}
+	return nil
+}
+
+// Apply unpacks into the layer, which nobody else sees.
+func (m *mechanism) Apply(ctx context.Context, chain lifecycle.Chain, r io.Reader, opts *layerfs.ApplyOptions, touch func() error) (res layerfs.ApplyResult, err error) {
+	// A stream that cannot even be begun must not spoil the layer.
+	br := bufio.NewReaderSize(r, 4096)
+	if _, err := br.Peek(1); err != nil && err != io.EOF {
+		return res, err
+	}
+	rec := chain.Layer()
+	view, err := m.private(ctx, rec, false)
+	if err != nil {
+		return res, err
+	}
+	defer func() { err = errors.Join(err, view.Release()) }()
+	if err := touch(); err != nil {
+		return res, err
+	}
+	res, err = archive.Apply(ctx, view.Path, br, &archive.ApplyOptions{ApplyOptions: *opts, Form: archive.Merged})
+	if err != nil && rec.Quota.Bytes > 0 && (errors.Is(err, syscall.EDQUOT) || errors.Is(err, syscall.ENOSPC)) {
+		err = fmt.Errorf("%w: %w", layerfs.ErrQuota, err)
+	}
+	return res, err
+}
+
+// Usage returns what destroying the layer would free, and the number of files
+// it has more than its parent. It waits for the transaction group, because the
+// counts are those of the last one.
+func (m *mechanism) Usage(ctx context.Context, chain lifecycle.Chain) (u layerfs.Usage, err error) {
+	rec := chain.Layer()
+	if err := m.flush(ctx, rec.ID); err != nil {
+		return u, err
+	}
+	rows, err := m.tool.rows(ctx, 1, "get", "-H", "-p", "-o", "value", "used", m.dataset(rec.ID))
+	if err != nil {
+		return u, err
+	}
+	if len(rows) != 1 {
+		return u, fmt.Errorf("zfs printed %d values of used", len(rows))
+	}
+	if u.Bytes, err = strconv.ParseInt(rows[0][0], 10, 64); err != nil {
+		return u, err
+	}
+	u.Inodes, err = m.objects(ctx, chain)
+	return u, err
+}
+
+// objects counts the files a layer has more than its parent, with the root of
+// a base layer.
+func (m *mechanism) objects(ctx context.Context, chain lifecycle.Chain) (int64, error) {
+	n, err := m.countFiles(ctx, chain)
+	if err != nil || len(chain) == 1 {
+		return n, err
+	}
+	below, err := m.countFiles(ctx, chain[1:])
+	return max(n-below, 0), err
+}
+
+func (m *mechanism) countFiles(ctx context.Context, chain lifecycle.Chain) (n int64, err error) {
+	view, err := m.View(ctx, chain)
+	if err != nil {
+		return 0, err
+	}
+	defer func() { err = errors.Join(err, view.Release()) }()
+	n, err = filesIn(view.Path)
+	return n - m.facts.Objects, err
+}
+
+// Sync makes the content of a layer durable.
+func (m *mechanism) Sync(ctx context.Context, rec *lifecycle.Record) error {
+	return m.flush(ctx, rec.ID)
+}
+
+// flush waits until all that was written to a layer is on the pool. A change
+// of a property is part of a transaction group, like everything that was
+// written before, and zfs returns when the group is on stable storage
+// (dsl_sync_task, module/zfs/dsl_synctask.c).
+func (m *mechanism) flush(ctx context.Context, id string) error {
+	if err := syncMount(m.Path(id)); err != nil {
+		return err
+	}
+	_, err := m.tool.run(ctx, "set", propLayer+"="+markOf(m.root, id), m.dataset(id))
+	return err
+}
+
+// SetQuota replaces the quota of a layer (property quota): the space that is
+// the layer's own. ZFS enforces it with a delay of some seconds.
+func (d *Driver) SetQuota(ctx context.Context, id string, q layerfs.Quota) error {
+	return lifecycle.Update(ctx, d.frame, "set quota", id, func(_ lifecycle.Chain, rec *lifecycle.Record) error {
+		switch {
+		case q.Bytes < 0 || q.Inodes < 0:
+			return fmt.Errorf("quota of %d bytes and %d inodes: negative", q.Bytes, q.Inodes)
+		case q.Inodes > 0:
+			return inodeQuota()
+		}
+		value := "none"
+		if q.Bytes > 0 {
+			value = strconv.FormatInt(q.Bytes, 10)
+		}
+		if _, err := d.m.tool.run(ctx, "set", "quota="+value, d.m.dataset(id)); err != nil {
+			return err
+		}
+		rec.Quota = q
+		return nil
+	})
+}
+
+// Clone makes a layer with the parent and the content of another by one
+// snapshot. The space they share stays until both are removed.
+func (d *Driver) Clone(ctx context.Context, id, from string, opts *layerfs.CreateOptions) error {
+	return lifecycle.Clone(ctx, d.frame, id, from, opts, func(rec *lifecycle.Record, from lifecycle.Chain, _ *layerfs.CreateOptions) error {
+		src := from.Layer()
+		if rec.Quota == (layerfs.Quota{}) {
+			rec.Quota = src.Quota
+		}
+		if err := syncMount(d.m.Path(src.ID)); err != nil {
+			return err
+		}
+		return d.m.build(ctx, rec, func(props []string) error {
+			_, err := d.m.cloneOf(ctx, rec, d.m.dataset(src.ID), props)
+			return err
+		})
+	})
+}
+
+// Rollback makes the dataset of a layer anew. If it fails the layer is
+// incomplete, and Rollback can be tried again.
+func (d *Driver) Rollback(ctx context.Context, id string) error {
+	return lifecycle.Rollback(ctx, d.frame, id, func(chain lifecycle.Chain) error {
+		if err := d.m.destroy(ctx, id); err != nil {
+			return err
+		}
+		// The record stays: the snapshot of its creation may be gone, and a
+		// child without one only costs the next child two calls more.
+		return d.m.make(ctx, chain.Layer().Clone())
+	})
+}

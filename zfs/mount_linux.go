@@ -1,0 +1,347 @@
+package zfs
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/layerfs/layerfs"
+	"github.com/layerfs/layerfs/internal/feature"
+	"github.com/layerfs/layerfs/internal/lifecycle"
+	"github.com/layerfs/layerfs/internal/mount"
+)
+
+// Everything that differs between the systems in mounting is in this file and
+// in its counterpart for FreeBSD.
+
+// kernelMounts reports whether the kernel has the file system. With zfs-fuse
+// the daemon mounts.
+func kernelMounts() bool {
+	b, err := os.ReadFile("/proc/filesystems")
+	if err != nil {
+		return false
+	}
+	for line := range strings.Lines(string(b)) {
+		if _, fstype, ok := strings.Cut(strings.TrimSuffix(line, "\n"), "\t"); ok && fstype == "zfs" {
+			return true
+		}
+	}
+	return false
+}
+
+// fullProperties are the properties with which a layer keeps everything: ACLs,
+// and xattrs in the file itself, where zfs diff tells of their changes
+// (zfsprops(7), xattr).
+func fullProperties() map[string]string {
+	return map[string]string{"acltype": "posixacl", "xattr": "sa"}
+}
+
+func isZFS(fstype string) bool { return fstype == "zfs" || fstype == "fuse.zfs" }
+
+// datasetAt returns the dataset that is mounted at path or nearest above it.
+func datasetAt(path string) (string, error) {
+	path, err := filepath.EvalSymlinks(path)
+	if err != nil {
+		return "", err
+	}
+	st, err := mount.Query(path)
+	if err != nil {
+		return "", err
+	}
+	list, err := mount.Under("/")
+	if err != nil {
+		return "", err
+	}
+	found, fstype, longest := "", "", -1
+	for _, info := range list {
+		at := strings.TrimSuffix(info.Mountpoint, "/") + "/"
+		if !strings.HasPrefix(path+"/", at) || len(at) < longest || st.ID != 0 && st.MountPoint && uint64(info.ID) != st.ID && info.Mountpoint == path {
+			continue
+		}
+		found, fstype, longest = info.Source, info.FSType, len(at)
+	}
+	if !isZFS(fstype) {
+		return "", &layerfs.UnsupportedError{Feature: name, Reason: fmt.Sprintf("%s is on %s, and no dataset is given", path, fstype)}
+	}
+	return found, nil
+}
+
+// Mount shows a layer at its path.
+func (m *mechanism) Mount(ctx context.Context, chain lifecycle.Chain, mode lifecycle.Mode) error {
+	return m.show(ctx, chain.Layer(), m.Path(chain.Layer().ID), mode)
+}
+
+// show mounts a layer, whose lock is held, at target.
+//
+// The file system itself is always writable and a mount of it is made
+// read-only: all mounts of one dataset share one superblock, and the kernel
+// refuses a second mount with another flag (zpl_mount_impl).
+func (m *mechanism) show(ctx context.Context, rec *lifecycle.Record, target string, mode lifecycle.Mode) (err error) {
+	if m.facts.Kernel && !mode.ReadOnly && mode.IDMap == nil {
+		return m.mountDataset(ctx, rec, target)
+	}
+	source, done, err := m.source(ctx, rec)
+	if err != nil {
+		return err
+	}
+	defer func() {
+		err = errors.Join(err, done())
+	}()
+	if mode.IDMap != nil {
+		return showMapped(source, target, mode)
+	}
+	var flags mount.Flags
+	if mode.ReadOnly {
+		flags |= mount.ReadOnly
+	}
+	if err := mount.Bind(source, target, flags); err != nil {
+		return err
+	}
+	if mode.ReadOnly {
+		return nil
+	}
+	return m.makeWritable(target)
+}
+
+// makeWritable undoes the read-only flag that a mount has from its source.
+func (m *mechanism) makeWritable(target string) error {
+	st, err := mount.Query(target)
+	if err != nil || !st.ReadOnly {
+		return err
+	}
+	attr := unix.MountAttr{Attr_clr: unix.MOUNT_ATTR_RDONLY}
+	if err := unix.MountSetattr(unix.AT_FDCWD, target, unix.AT_SYMLINK_NOFOLLOW, &attr); err != nil {
+		return errors.Join(&os.PathError{Op: "mount_setattr", Path: target, Err: err}, m.hide(target))
+	}
+	return nil
+}
+
+func showMapped(source, target string, mode lifecycle.Mode) error {
+	tree, err := mount.OpenTreeMapped(source, mode.IDMap)
+	if err != nil {
+		return err
+	}
+	defer tree.Close()
+	if mode.ReadOnly {
+		attr := unix.MountAttr{Attr_set: unix.MOUNT_ATTR_RDONLY}
+		if err := unix.MountSetattr(int(tree.Fd()), "", unix.AT_EMPTY_PATH, &attr); err != nil {
+			return &os.PathError{Op: "mount_setattr", Path: tree.Name(), Err: err}
+		}
+	}
+	return mount.Attach(tree, target)
+}
+
+// source returns a place where a layer is mounted. A dataset can be mounted
+// once by the zfs-fuse daemon, so a mount that is there is used; those of this
+// package come and go with the layer's lock held.
+func (m *mechanism) source(ctx context.Context, rec *lifecycle.Record) (path string, done func() error, err error) {
+	stage := m.stage(rec.ID)
+	if !m.facts.Kernel {
+		at, err := m.mountedAt(m.dataset(rec.ID))
+		if err != nil {
+			return "", nil, err
+		}
+		for _, path := range at {
+			if path != stage {
+				return path, func() error { return nil }, nil
+			}
+		}
+		if len(at) > 0 { // a crash's
+			return stage, func() error { return m.unstage(stage) }, nil
+		}
+	}
+	if err := os.MkdirAll(stage, 0o700); err != nil {
+		return "", nil, err
+	}
+	if m.facts.Kernel {
+		err = m.mountDataset(ctx, rec, stage)
+	} else {
+		err = m.mountByDaemon(ctx, rec.ID)
+	}
+	if err != nil {
+		return "", nil, errors.Join(err, m.unstage(stage))
+	}
+	return stage, func() error { return m.unstage(stage) }, nil
+}
+
+// mountByDaemon has the zfs-fuse daemon mount a dataset at its stage.
+func (m *mechanism) mountByDaemon(ctx context.Context, id string) error {
+	return m.patiently(ctx, func() error {
+		unlock := m.oneAtATime()
+		defer unlock()
+		_, err := m.tool.run(ctx, "mount", m.dataset(id))
+		return err
+	})
+}
+
+// settle is how long the zfs-fuse daemon may take to notice an unmount.
+const settle = 30 * time.Millisecond
+
+// daemonDir is where the zfs-fuse daemon has its socket.
+const daemonDir = "/var/run/zfs"
+
+// oneAtATime keeps all processes from having the zfs-fuse daemon mount and
+// unmount at once: it may then lose sight of a mount, whose users hang. It is
+// the lock of a directory that is there while the daemon is. With the kernel's
+// file system it does nothing.
+func (m *mechanism) oneAtATime() (unlock func()) {
+	if m.facts.Kernel {
+		return func() {}
+	}
+	f, err := os.Open(daemonDir)
+	if err != nil {
+		return func() {}
+	}
+	for unix.Flock(int(f.Fd()), unix.LOCK_EX) == unix.EINTR {
+	}
+	return func() { f.Close() }
+}
+
+func (m *mechanism) unstage(stage string) error {
+	if err := m.hide(stage); err != nil {
+		return err
+	}
+	return removeDir(stage)
+}
+
+// mountDataset has the kernel mount a dataset. Right after its last unmount it
+// may still be busy.
+func (m *mechanism) mountDataset(ctx context.Context, rec *lifecycle.Record, target string) error {
+	var opts []string
+	if rec.MountLabel != "" {
+		opts = append(opts, `context="`+rec.MountLabel+`"`)
+	}
+	return m.patiently(ctx, func() error {
+		return mount.Mount("zfs", m.dataset(rec.ID), target, 0, opts)
+	})
+}
+
+// mountedAt returns the places of this package where a dataset is mounted,
+// oldest first.
+func (m *mechanism) mountedAt(ds string) ([]string, error) {
+	list, err := mount.Under(m.home)
+	if err != nil {
+		return nil, err
+	}
+	var at []string
+	for _, info := range list {
+		if isZFS(info.FSType) && info.Source == ds && info.Root == "/" {
+			at = append(at, info.Mountpoint)
+		}
+	}
+	return at, nil
+}
+
+// hide unmounts what is mounted at path: at once, so that the dataset is free,
+// or detached where somebody still works in it.
+func (m *mechanism) hide(path string) error {
+	unlock := m.oneAtATime()
+	defer unlock()
+	err := mount.UnmountNow(path)
+	if err == nil && !m.facts.Kernel {
+		// The daemon notices the end of a mount on its own, and must have done
+		// so before the next one.
+		time.Sleep(settle)
+	}
+	if errors.Is(err, unix.EBUSY) {
+		err = mount.Unmount(path)
+	}
+	if errors.Is(err, mount.ErrNotMounted) || errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	return err
+}
+
+// Unmount undoes Mount.
+func (m *mechanism) Unmount(_ context.Context, rec *lifecycle.Record) error {
+	return m.hide(m.Path(rec.ID))
+}
+
+// State looks at a layer's path.
+func (m *mechanism) State(id string) (lifecycle.State, error) {
+	mounted, err := mount.IsMountPoint(m.Path(id))
+	if err != nil || !mounted {
+		return lifecycle.State{}, err
+	}
+	st, err := mount.Query(m.Path(id))
+	if errors.Is(err, unix.ENOTCONN) { // the daemon died
+		return lifecycle.State{Mounted: true}, nil
+	}
+	return lifecycle.State{Mounted: st.MountPoint, ReadOnly: st.ReadOnly}, err
+}
+
+// Mounted lists the layers that are mounted.
+func (m *mechanism) Mounted() ([]string, error) {
+	graph, err := filepath.EvalSymlinks(m.graph())
+	if err != nil {
+		return nil, err
+	}
+	list, err := mount.Under(graph)
+	if err != nil {
+		return nil, err
+	}
+	var ids []string
+	for _, info := range list {
+		if filepath.Dir(info.Mountpoint) == graph {
+			ids = append(ids, filepath.Base(info.Mountpoint))
+		}
+	}
+	return ids, nil
+}
+
+// probeMount tries what the file system mounted at path can hold.
+func probeMount(path string) (xattrs, devices, idmap string) {
+	for _, name := range []string{"user.layerfs", "trusted.layerfs", "security.layerfs"} {
+		if err := unix.Setxattr(path, name, []byte("1"), 0); err != nil {
+			xattrs = fmt.Sprintf("setxattr %s: %v", name, err)
+			break
+		}
+		_ = unix.Removexattr(path, name) // the file system is destroyed in a moment
+	}
+	node := filepath.Join(path, "null")
+	if err := unix.Mknod(node, unix.S_IFCHR|0o600, int(unix.Mkdev(1, 3))); err != nil {
+		devices = fmt.Sprintf("mknod: %v", err)
+	} else if err := os.Remove(node); err != nil {
+		devices = err.Error()
+	}
+	idmap = reason(new(feature.Prober).Probe(feature.IDMap, path))
+	return xattrs, devices, idmap
+}
+
+// filesIn counts the objects of the file system that is mounted at path.
+func filesIn(path string) (int64, error) {
+	var st unix.Statfs_t
+	if err := unix.Statfs(path, &st); err != nil {
+		return 0, &os.PathError{Op: "statfs", Path: path, Err: err}
+	}
+	return int64(st.Files - st.Ffree), nil
+}
+
+// syncMount writes what the kernel still has of a layer that is mounted at
+// path.
+func syncMount(path string) error {
+	mounted, err := mount.IsMountPoint(path)
+	if err != nil || !mounted {
+		return err
+	}
+	f, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	for {
+		err := unix.Syncfs(int(f.Fd()))
+		if !errors.Is(err, unix.EINTR) {
+			if err != nil {
+				return &os.PathError{Op: "syncfs", Path: path, Err: err}
+			}
+			return nil
+		}
+	}
+}

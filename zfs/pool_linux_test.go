@@ -1,0 +1,305 @@
+package zfs
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/layerfs/layerfs/internal/testenv"
+)
+
+// The tests make a pool on a sparse file. Where the kernel has no ZFS, the
+// zfs-fuse daemon is started for it; it belongs to all test processes of the
+// host that need it, and the last one stops it.
+
+// poolEnv passes the pool to processes that the tests start.
+const poolEnv = "LAYERFS_TEST_ZPOOL"
+
+// fuseEnv allows the tests to start the zfs-fuse daemon.
+const fuseEnv = "LAYERFS_TEST_ZFS_FUSE"
+
+// daemonLock is locked by everybody who uses the daemon, and exclusively by
+// whoever starts or stops it.
+const (
+	daemonLock   = "/run/layerfs-zfs-fuse.lock"
+	daemonPid    = "/run/layerfs-zfs-fuse.pid"
+	daemonSocket = "/run/zfs/zfs_socket"
+)
+
+// makePool returns the name of the pool and a function that destroys it. An
+// error that matches errors.ErrUnsupported says that there is no ZFS here.
+func makePool() (name string, destroy func() error, err error) {
+	if name := os.Getenv(poolEnv); name != "" {
+		return name, func() error { return nil }, nil
+	}
+	missing := func(err error) error { return fmt.Errorf("zfs: %w: %w", errors.ErrUnsupported, err) }
+	if os.Geteuid() != 0 {
+		return "", nil, missing(errors.New("needs root"))
+	}
+	for _, tool := range []string{"zfs", "zpool"} {
+		if _, err := find(tool, ""); err != nil {
+			return "", nil, missing(err)
+		}
+	}
+	release := func() error { return nil }
+	if !kernelMounts() {
+		// The daemon calls sync(2) at each unmount and so waits for all disks of
+		// the host, and it may hang (see requireOpenZFS).
+		if os.Getenv(fuseEnv) == "" && !testenv.Required("zfs-fuse") {
+			return "", nil, missing(errors.New("zfs-fuse is used only if " + fuseEnv + " is set"))
+		}
+		if _, err := find("zfs-fuse", ""); err != nil {
+			return "", nil, missing(err)
+		}
+		if release, err = useDaemon(); err != nil {
+			return "", nil, err
+		}
+	}
+	sweepPools()
+	name = "layerfs" + strconv.Itoa(os.Getpid())
+	file := filepath.Join(poolDir(), name)
+	if err := os.WriteFile(file, nil, 0o600); err == nil {
+		err = os.Truncate(file, 2<<30)
+	}
+	if err == nil {
+		_, err = command("zpool", "create", "-f", "-o", "cachefile=none", "-o", "ashift=12", "-O", "mountpoint=none", "-O", "canmount=off", name, file)
+	}
+	if err != nil {
+		return "", nil, errors.Join(err, os.Remove(file), release())
+	}
+	os.Setenv(poolEnv, name)
+	return name, func() error {
+		os.Unsetenv(poolEnv)
+		_, err := command("zpool", "destroy", "-f", name)
+		return errors.Join(err, os.Remove(file), release())
+	}, nil
+}
+
+// poolDir is on tmpfs where there is one: what is measured is the driver.
+func poolDir() string {
+	var st unix.Statfs_t
+	if unix.Statfs("/dev/shm", &st) == nil && uint32(st.Type) == unix.TMPFS_MAGIC && st.Bavail*uint64(st.Bsize) > 1<<30 {
+		return "/dev/shm"
+	}
+	return os.TempDir()
+}
+
+// sweepPools destroys what test processes left that were killed.
+func sweepPools() {
+	out, err := command("zpool", "list", "-H", "-o", "name")
+	if err != nil {
+		return
+	}
+	for pool := range strings.FieldsSeq(out) {
+		pid, ok := strings.CutPrefix(pool, "layerfs")
+		if _, err := strconv.Atoi(pid); !ok || err != nil {
+			continue
+		}
+		if _, err := os.Stat("/proc/" + pid); errors.Is(err, fs.ErrNotExist) {
+			_, _ = command("zpool", "destroy", "-f", pool)
+			_ = os.Remove(filepath.Join(poolDir(), pool))
+		}
+	}
+}
+
+// useDaemon makes sure that the zfs-fuse daemon runs until release.
+func useDaemon() (release func() error, err error) {
+	f, err := os.OpenFile(daemonLock, os.O_CREATE|os.O_RDWR, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			f.Close()
+		}
+	}()
+	fd := int(f.Fd())
+	for {
+		// Shared is enough where it runs; to start it nobody else may be there.
+		if err := unix.Flock(fd, unix.LOCK_SH); err != nil {
+			return nil, err
+		}
+		if answers() {
+			break
+		}
+		if unix.Flock(fd, unix.LOCK_EX|unix.LOCK_NB) != nil {
+			time.Sleep(100 * time.Millisecond)
+			continue
+		}
+		if err := startDaemon(); err != nil {
+			return nil, err
+		}
+	}
+	return func() error {
+		defer f.Close()
+		if unix.Flock(fd, unix.LOCK_EX|unix.LOCK_NB) != nil {
+			return nil // another process uses it
+		}
+		return stopDaemon()
+	}, nil
+}
+
+func answers() bool {
+	c, err := net.DialTimeout("unix", daemonSocket, time.Second)
+	if err != nil {
+		return false
+	}
+	c.Close()
+	return true
+}
+
+func startDaemon() error {
+	if err := os.MkdirAll(filepath.Dir(daemonSocket), 0o755); err != nil {
+		return err
+	}
+	// It goes to the background by itself, so it is no child of this process.
+	out, err := command("zfs-fuse", "--pidfile", daemonPid, "--no-kstat-mount", "--enable-xattr")
+	if err != nil {
+		return fmt.Errorf("%w: %s", err, out)
+	}
+	for range 100 {
+		if answers() {
+			return nil
+		}
+		time.Sleep(50 * time.Millisecond)
+	}
+	return errors.New("zfs-fuse does not answer")
+}
+
+// stopDaemon ends the daemon that startDaemon started; one of the host's own
+// has no such file.
+func stopDaemon() error {
+	b, err := os.ReadFile(daemonPid)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	pid, err := strconv.Atoi(strings.TrimSpace(string(b)))
+	if err != nil {
+		return err
+	}
+	comm, err := os.ReadFile(fmt.Sprintf("/proc/%d/comm", pid))
+	if err != nil || strings.TrimSpace(string(comm)) != "zfs-fuse" {
+		return os.Remove(daemonPid)
+	}
+	if err := unix.Kill(pid, unix.SIGTERM); err != nil {
+		return err
+	}
+	for range 150 { // it gives its threads ten seconds
+		if unix.Kill(pid, 0) != nil {
+			return os.Remove(daemonPid)
+		}
+		time.Sleep(100 * time.Millisecond)
+	}
+	return fmt.Errorf("zfs-fuse %d does not end", pid)
+}
+
+// command runs a program of the test itself.
+func command(name string, args ...string) (string, error) {
+	path, err := find(name, "")
+	if err != nil {
+		return "", err
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, path, args...)
+	cmd.Env = append(os.Environ(), "LC_ALL=C")
+	out, err := cmd.CombinedOutput()
+	if err != nil {
+		return string(out), fmt.Errorf("%s %s: %w: %s", name, strings.Join(args, " "), err, strings.TrimSpace(string(out)))
+	}
+	return string(out), nil
+}
+
+func mustCommand(tb testing.TB, name string, args ...string) string {
+	tb.Helper()
+	out, err := command(name, args...)
+	if err != nil {
+		tb.Fatal(err)
+	}
+	return out
+}
+
+// requirePool returns the pool, or skips the test if there is none; it fails
+// where LAYERFS_REQUIRE lists zfs.
+func requirePool(tb testing.TB) string {
+	tb.Helper()
+	testenv.RequireRoot(tb)
+	pool := os.Getenv(poolEnv)
+	if pool == "" {
+		_, err := New(tb.TempDir(), nil)
+		testenv.SkipUnsupported(tb, err, "zfs")
+		tb.Fatalf("there is no pool for the tests: New = %v", err)
+	}
+	return pool
+}
+
+// newRoot returns a root directory that has a dataset of its own, see
+// datasetOf.
+func newRootDir(tb testing.TB) string {
+	tb.Helper()
+	requirePool(tb)
+	root := filepath.Join(tb.TempDir(), "root")
+	if err := os.Mkdir(root, 0o755); err != nil {
+		tb.Fatal(err)
+	}
+	giveDataset(tb, root)
+	return root
+}
+
+func giveDataset(tb testing.TB, root string, props ...string) {
+	tb.Helper()
+	ds := datasetOf(root)
+	mustCommand(tb, "zfs", slices.Concat([]string{"create", "-o", "mountpoint=none"}, props, []string{ds})...)
+	tb.Cleanup(func() {
+		var err error
+		for range 50 {
+			if _, err = command("zfs", "destroy", "-r", ds); err == nil {
+				return
+			}
+			time.Sleep(100 * time.Millisecond)
+		}
+		tb.Error(err)
+	})
+}
+
+// datasetOf is the dataset of a test's root, also in another process.
+func datasetOf(root string) string {
+	sum := sha256.Sum256([]byte(root))
+	return os.Getenv(poolEnv) + "/" + hex.EncodeToString(sum[:8])
+}
+
+// prober finds the facts once for all tests of a process: the pool is the same.
+func sharedProber() prober {
+	var mu sync.Mutex
+	var have *facts
+	return func(ctx context.Context, m *mechanism) (facts, error) {
+		mu.Lock()
+		defer mu.Unlock()
+		if have == nil {
+			f, err := probe(ctx, m)
+			if err != nil {
+				return f, err
+			}
+			have = &f
+		}
+		return *have, nil
+	}
+}
