@@ -10,7 +10,6 @@ import (
 	"path"
 	"path/filepath"
 	"strings"
-	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -58,19 +57,19 @@ func entries(name string) ([]entry, error) {
 
 // applyBare makes the system calls that unpacking cannot do without, and no
 // others: no look at what is there, no check of any path.
-func applyBare(_ context.Context, j *job) (time.Duration, error) {
+func applyBare(_ context.Context, j *job) (cost, error) {
 	list, err := entries(j.Tar)
 	if err != nil {
-		return 0, err
+		return cost{}, err
 	}
 	src, err := unix.Open(j.Tar, unix.O_RDONLY|unix.O_CLOEXEC, 0)
 	if err != nil {
-		return 0, err
+		return cost{}, err
 	}
 	defer unix.Close(src)
 	root, err := unix.Open(j.Dir, unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 	if err != nil {
-		return 0, err
+		return cost{}, err
 	}
 	defer unix.Close(root)
 	return timed(func() error {
@@ -169,17 +168,17 @@ func bareEntry(root, src int, e entry, buf []byte) error {
 
 // lifecycleBare makes, mounts, unmounts and removes what overlay needs for a
 // container, with nothing kept in memory or checked.
-func lifecycleBare(ctx context.Context, j *job) (time.Duration, error) {
-	root, err := lifecycleRoot(ctx, j)
+func lifecycleBare(ctx context.Context, j *job) (cost, error) {
+	root, err := workRoot(ctx, j)
 	if err != nil {
-		return 0, err
+		return cost{}, err
 	}
 	lower := filepath.Join(root, "base")
 	if err := os.Mkdir(lower, 0o755); err != nil {
-		return 0, err
+		return cost{}, err
 	}
 	if err := fillBase(lower); err != nil {
-		return 0, err
+		return cost{}, err
 	}
 	return perContainer(j.N, func(id string) error { return bareLife(filepath.Join(root, id), lower) })
 }

@@ -14,13 +14,13 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// lifecycleRoot returns an empty directory on the file system that the job
-// asks for. The mount ends with this process's mount namespace.
-func lifecycleRoot(ctx context.Context, j *job) (string, error) {
-	if !j.Ext4 {
+// workRoot returns an empty directory on the file system that the job asks
+// for. The mount ends with this process's mount namespace.
+func workRoot(ctx context.Context, j *job) (string, error) {
+	if j.FS == "" {
 		return j.Dir, nil
 	}
-	image, dir := filepath.Join(j.Dir, "image"), filepath.Join(j.Dir, "ext4")
+	image, dir := filepath.Join(j.Dir, "image"), filepath.Join(j.Dir, "fs")
 	if err := os.Mkdir(dir, 0o755); err != nil {
 		return "", err
 	}
@@ -30,11 +30,28 @@ func lifecycleRoot(ctx context.Context, j *job) (string, error) {
 	if err := unix.Truncate(image, 1<<30); err != nil {
 		return "", err
 	}
-	// Not lazily: the kernel's own initialising would go on meanwhile.
-	if err := command(ctx, "mkfs.ext4", "-q", "-E", "lazy_itable_init=0,lazy_journal_init=0", image); err != nil {
+	args := []string{"-q", image}
+	if j.FS == "ext4" {
+		// Not lazily: the kernel's own initialising would go on meanwhile.
+		args = []string{"-q", "-E", "lazy_itable_init=0,lazy_journal_init=0", image}
+	}
+	if err := command(ctx, "mkfs."+j.FS, args...); err != nil {
 		return "", err
 	}
 	return dir, command(ctx, "mount", "-o", "loop", image, dir)
+}
+
+// copySource returns an empty directory and a tree to copy, on one file system.
+func copySource(ctx context.Context, j *job) (root, tree string, err error) {
+	root, err = workRoot(ctx, j)
+	if err != nil || j.FS == "" {
+		return root, j.Tree, err
+	}
+	tree = filepath.Join(root, "tree")
+	if err := os.Mkdir(tree, 0o755); err != nil {
+		return "", "", err
+	}
+	return root, tree, command(ctx, "tar", tarExtract(j.Tar, tree)...)
 }
 
 // changedFile is the one file that two copies of the small layer differ in.

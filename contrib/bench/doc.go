@@ -11,9 +11,10 @@
 // before and removed after, outside the time. Rounds go through all
 // contestants of a task, each time starting with another one, so that what
 // else the machine does hits all alike. A table gives the median and the
-// fastest round. "Peak" is the process's VmHWM, so it includes the program
-// itself; that of other programs (tar, cp) is not measured, and "full copy" of
-// this project includes filling the parent.
+// fastest round, and the median CPU time of all threads and child processes,
+// which on a host that does other work tells more. "Peak" is the process's
+// VmHWM, so it includes the program itself; that of other programs (tar, cp) is
+// not measured, and "full copy" of this project includes filling the parent.
 //
 // All peers are used the way their own daemons do it, with the same sink: a
 // stream that is read and dropped. Apply reads the layer from a file that is in

@@ -6,7 +6,6 @@ import (
 	"io"
 	"path"
 	"path/filepath"
-	"time"
 
 	"github.com/layerfs/layerfs"
 	"github.com/layerfs/layerfs/archive"
@@ -43,7 +42,7 @@ func addOurs(all map[string]map[string]contestant) {
 }
 
 func apply(opts *archive.ApplyOptions) contestant {
-	return func(ctx context.Context, j *job) (time.Duration, error) {
+	return func(ctx context.Context, j *job) (cost, error) {
 		return fromFile(j.Tar, func(r io.Reader) error {
 			_, err := archive.Apply(ctx, j.Dir, r, opts)
 			return err
@@ -52,7 +51,7 @@ func apply(opts *archive.ApplyOptions) contestant {
 }
 
 func write(opts *archive.WriteOptions) contestant {
-	return func(ctx context.Context, j *job) (time.Duration, error) {
+	return func(ctx context.Context, j *job) (cost, error) {
 		return timed(func() error {
 			_, err := archive.Write(ctx, io.Discard, j.Tree, opts)
 			return err
@@ -61,7 +60,7 @@ func write(opts *archive.WriteOptions) contestant {
 }
 
 func compare(opts func(*job) *archive.CompareOptions) contestant {
-	return func(ctx context.Context, j *job) (time.Duration, error) {
+	return func(ctx context.Context, j *job) (cost, error) {
 		n, found := 0, false
 		spent, err := timed(func() error {
 			for c, err := range archive.Compare(ctx, j.Old, j.Tree, opts(j)) {
@@ -74,7 +73,7 @@ func compare(opts func(*job) *archive.CompareOptions) contestant {
 			return nil
 		})
 		if err != nil {
-			return 0, err
+			return cost{}, err
 		}
 		return spent, wantChanges(found, n)
 	}
@@ -82,32 +81,32 @@ func compare(opts func(*job) *archive.CompareOptions) contestant {
 
 // lifecycle takes what the table's name says: no syncs on tmpfs, the records
 // synced on ext4.
-func lifecycle(ctx context.Context, j *job) (time.Duration, error) {
-	root, err := lifecycleRoot(ctx, j)
+func lifecycle(ctx context.Context, j *job) (cost, error) {
+	root, err := workRoot(ctx, j)
 	if err != nil {
-		return 0, err
+		return cost{}, err
 	}
 	durability := layerfs.DurabilityNone
-	if j.Ext4 {
+	if j.FS != "" {
 		durability = layerfs.DurabilityMetadata
 	}
 	d, err := overlay.New(root, &overlay.Options{Durability: durability})
 	if err != nil {
-		return 0, err
+		return cost{}, err
 	}
 	defer d.Close()
 	if err := d.Create(ctx, "base", "", nil); err != nil {
-		return 0, err
+		return cost{}, err
 	}
 	dir, err := d.Get(ctx, "base", nil)
 	if err != nil {
-		return 0, err
+		return cost{}, err
 	}
 	if err := fillBase(dir); err != nil {
-		return 0, err
+		return cost{}, err
 	}
 	if err := d.Put(ctx, "base"); err != nil {
-		return 0, err
+		return cost{}, err
 	}
 	return perContainer(j.N, func(id string) error {
 		if err := d.Create(ctx, id, "base", nil); err != nil {
@@ -128,21 +127,25 @@ func lifecycle(ctx context.Context, j *job) (time.Duration, error) {
 }
 
 // fullCopy is a vfs layer on a parent that has the tree.
-func fullCopy(ctx context.Context, j *job) (spent time.Duration, err error) {
-	d, err := vfs.New(filepath.Join(j.Dir, "root"), &vfs.Options{Durability: layerfs.DurabilityNone})
+func fullCopy(ctx context.Context, j *job) (spent cost, err error) {
+	root, err := workRoot(ctx, j)
 	if err != nil {
-		return 0, err
+		return cost{}, err
+	}
+	d, err := vfs.New(filepath.Join(root, "root"), &vfs.Options{Durability: layerfs.DurabilityNone})
+	if err != nil {
+		return cost{}, err
 	}
 	defer d.Close()
 	if err := d.Create(ctx, "base", "", nil); err != nil {
-		return 0, err
+		return cost{}, err
 	}
 	_, err = fromFile(j.Tar, func(r io.Reader) error {
 		_, err := d.Apply(ctx, "base", r, nil)
 		return err
 	})
 	if err != nil {
-		return 0, fmt.Errorf("fill the parent: %w", err)
+		return cost{}, fmt.Errorf("fill the parent: %w", err)
 	}
 	return timed(func() error { return d.Create(ctx, "copy", "base", nil) })
 }

@@ -47,7 +47,7 @@ type job struct {
 	Tree string // tree that is read
 	Old  string // tree it is compared with
 	N    int    // number of containers
-	Ext4 bool   // life cycle on ext4 instead of Dir's file system
+	FS   string // file system to make and work on, instead of Dir's
 
 	Since time.Time // when Tree was an exact copy of Old
 }
@@ -55,12 +55,13 @@ type job struct {
 // result is what a measurement's process prints.
 type result struct {
 	Seconds float64
-	Peak    int64 // bytes; 0 if another program did the work
+	CPU     float64 // seconds of user and system time
+	Peak    int64   // bytes; 0 if another program did the work
 }
 
 func run(ctx context.Context, args []string, w io.Writer) error {
 	fs := flag.NewFlagSet("bench", flag.ContinueOnError)
-	rounds := fs.Int("rounds", 5, "`number` of measurements of each kind")
+	rounds := fs.Int("rounds", 3, "`number` of measurements of each kind; of memory there is one")
 	only := fs.String("only", "", "`regexp` of the tasks to run, such as '^apply small'")
 	dir := fs.String("dir", "/dev/shm", "`directory` on a tmpfs to work in")
 	child := fs.String("job", "", "`JSON` of one measurement; for bench itself")
@@ -122,7 +123,7 @@ func measure(ctx context.Context, text string, w io.Writer) error {
 	if err != nil {
 		return err
 	}
-	r := result{Seconds: spent.Seconds()}
+	r := result{Seconds: spent.wall.Seconds(), CPU: spent.cpu.Seconds()}
 	if !external(j.Who) {
 		if r.Peak, err = peak(); err != nil {
 			return err
@@ -152,6 +153,7 @@ type task struct {
 	name string
 	unit string // "s" or "µs", of one round or of one container
 	job  job    // without Who and Dir
+	once bool   // one round is enough
 	who  []string
 }
 
@@ -159,6 +161,7 @@ type task struct {
 type row struct {
 	who           string
 	median, least float64 // seconds
+	cpu           float64 // seconds of user and system time, median
 	peak          int64
 }
 
@@ -173,7 +176,19 @@ const (
 	taskChanges   = "changes of two copies of small, 1 changed"
 	taskLifeTmpfs = "life cycle of a container, tmpfs, durability none"
 	taskLifeExt4  = "life cycle of a container, ext4, durability metadata"
+	memoryTask    = "memory: "
 )
+
+// Numbers of files for which memory is compared.
+const (
+	fewFiles  = 20_000
+	manyFiles = 200_000
+)
+
+func files(n int) string { return fmt.Sprintf("%d files of 16 bytes", n) }
+
+// reflinkers are the file systems where a copy can share the data.
+func reflinkers() []string { return []string{"xfs", "btrfs"} }
 
 // tasks lists the tables and makes the trees that they read.
 func (b *bench) tasks(ctx context.Context, match *regexp.Regexp) ([]task, error) {
@@ -193,7 +208,7 @@ func (b *bench) tasks(ctx context.Context, match *regexp.Regexp) ([]task, error)
 			who = append(who, name)
 		}
 		slices.Sort(who)
-		tasks = append(tasks, task{name, unit, j, who})
+		tasks = append(tasks, task{name, unit, j, strings.HasPrefix(name, memoryTask), who})
 		return nil
 	}
 	tree := func(l fixture.Layer) func(*job) error {
@@ -232,12 +247,8 @@ func (b *bench) tasks(ctx context.Context, match *regexp.Regexp) ([]task, error)
 	}); err != nil {
 		return nil, err
 	}
-	for _, ext4 := range []bool{false, true} {
-		name := taskLifeTmpfs
-		if ext4 {
-			name = taskLifeExt4
-		}
-		if err := add(name, "µs", job{Kind: "lifecycle", N: 300, Ext4: ext4}, nil); err != nil {
+	for _, life := range [][2]string{{taskLifeTmpfs, ""}, {taskLifeExt4, "ext4"}} {
+		if err := add(life[0], "µs", job{Kind: "lifecycle", N: 300, FS: life[1]}, nil); err != nil {
 			return nil, err
 		}
 	}
@@ -246,14 +257,19 @@ func (b *bench) tasks(ctx context.Context, match *regexp.Regexp) ([]task, error)
 			return nil, err
 		}
 	}
-	for _, n := range []int{20_000, 200_000} {
-		name := fmt.Sprintf("%d files of 16 bytes", n)
-		path := filepath.Join(b.work, strconv.Itoa(n)+".tar")
-		generate := func(*job) error { return generateTar(path, n) }
-		if err := add("memory: apply "+name, "s", job{Kind: "apply", Tar: path}, generate); err != nil {
+	for _, fs := range reflinkers() {
+		if err := add("full copy small, "+fs, "s", job{Kind: "copy", Tar: small.Tar, FS: fs}, nil); err != nil {
 			return nil, err
 		}
-		if err := add("memory: write "+name, "s", job{Kind: "write"}, func(j *job) (err error) {
+	}
+	for _, n := range []int{fewFiles, manyFiles} {
+		name := files(n)
+		path := filepath.Join(b.work, strconv.Itoa(n)+".tar")
+		generate := func(*job) error { return generateTar(path, n) }
+		if err := add(memoryTask+"apply "+name, "s", job{Kind: "apply", Tar: path}, generate); err != nil {
+			return nil, err
+		}
+		if err := add(memoryTask+"write "+name, "s", job{Kind: "write"}, func(j *job) (err error) {
 			if err := generate(j); err != nil {
 				return err
 			}
@@ -287,11 +303,15 @@ func (b *bench) run(ctx context.Context, t task) ([]row, error) {
 	info, err := os.Stderr.Stat()
 	progress := err == nil && info.Mode()&os.ModeCharDevice != 0
 	results := map[string][]result{}
-	for round := range b.rounds {
+	rounds := b.rounds
+	if t.once {
+		rounds = 1
+	}
+	for round := range rounds {
 		for i := range t.who {
 			who := t.who[(i+round)%len(t.who)]
 			if progress {
-				fmt.Fprintf(os.Stderr, "\r\033[K%s: round %d of %d: %s", t.name, round+1, b.rounds, who)
+				fmt.Fprintf(os.Stderr, "\r\033[K%s: round %d of %d: %s", t.name, round+1, rounds, who)
 			}
 			r, err := b.one(ctx, self, t.job, who)
 			if err != nil {
@@ -310,9 +330,13 @@ func (b *bench) run(ctx context.Context, t task) ([]row, error) {
 		if n := len(rs); n%2 == 0 {
 			r.median = (rs[n/2-1].Seconds + rs[n/2].Seconds) / 2
 		}
-		for _, one := range rs {
+		cpus := make([]float64, len(rs))
+		for i, one := range rs {
 			r.peak = max(r.peak, one.Peak)
+			cpus[i] = one.CPU
 		}
+		slices.Sort(cpus)
+		r.cpu = cpus[len(cpus)/2]
 		rows = append(rows, r)
 	}
 	slices.SortFunc(rows, func(a, b row) int { return cmp.Compare(a.median, b.median) })

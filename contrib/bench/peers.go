@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"maps"
@@ -22,6 +23,7 @@ import (
 	poverlay "go.podman.io/storage/drivers/overlay"
 	parchive "go.podman.io/storage/pkg/archive"
 	"go.podman.io/storage/pkg/idtools"
+	"golang.org/x/sys/unix"
 )
 
 // Names of the contestants.
@@ -38,8 +40,14 @@ const (
 // is not this process's.
 func external(who string) bool { return who == gnu }
 
-// contestant does a job and returns the time of the part that counts.
-type contestant func(ctx context.Context, j *job) (time.Duration, error)
+// cost is what the part of a job that counts took.
+type cost struct {
+	wall time.Duration
+	cpu  time.Duration // user and system time of all threads and child processes
+}
+
+// contestant does a job.
+type contestant func(ctx context.Context, j *job) (cost, error)
 
 // contestants returns who can do what.
 func contestants() map[string]map[string]contestant {
@@ -72,11 +80,9 @@ func contestants() map[string]map[string]contestant {
 			gnu:        copyGNU,
 		},
 	}
+	// The goal is about this project's own parts; one peer shows where it is.
 	compressed := map[string]contestant{
 		containerd: applyContainerd,
-		moby:       applyMoby,
-		podman:     applyPodman,
-		gnu:        applyTar,
 		unpack:     decompress,
 	}
 	all["apply.gz"], all["apply.zst"] = compressed, maps.Clone(compressed)
@@ -85,23 +91,42 @@ func contestants() map[string]map[string]contestant {
 }
 
 // timed returns how long f took.
-func timed(f func() error) (time.Duration, error) {
+func timed(f func() error) (cost, error) {
+	before, err := cpuTime()
+	if err != nil {
+		return cost{}, err
+	}
 	start := time.Now()
-	err := f()
-	return time.Since(start), err
+	err = f()
+	wall := time.Since(start)
+	after, cerr := cpuTime()
+	return cost{wall, after - before}, errors.Join(err, cerr)
+}
+
+// cpuTime returns what this process and the children it has waited for used.
+func cpuTime() (time.Duration, error) {
+	var sum int64
+	for _, who := range []int{unix.RUSAGE_SELF, unix.RUSAGE_CHILDREN} {
+		var u unix.Rusage
+		if err := unix.Getrusage(who, &u); err != nil {
+			return 0, err
+		}
+		sum += u.Utime.Nano() + u.Stime.Nano()
+	}
+	return time.Duration(sum), nil
 }
 
 // fromFile times f on an open layer.
-func fromFile(path string, f func(io.Reader) error) (time.Duration, error) {
+func fromFile(path string, f func(io.Reader) error) (cost, error) {
 	src, err := os.Open(path)
 	if err != nil {
-		return 0, err
+		return cost{}, err
 	}
 	defer src.Close()
 	return timed(func() error { return f(src) })
 }
 
-func applyContainerd(ctx context.Context, j *job) (time.Duration, error) {
+func applyContainerd(ctx context.Context, j *job) (cost, error) {
 	return fromFile(j.Tar, func(r io.Reader) error {
 		stream, err := cdcompression.DecompressStream(r)
 		if err != nil {
@@ -113,14 +138,14 @@ func applyContainerd(ctx context.Context, j *job) (time.Duration, error) {
 	})
 }
 
-func applyMoby(_ context.Context, j *job) (time.Duration, error) {
+func applyMoby(_ context.Context, j *job) (cost, error) {
 	return fromFile(j.Tar, func(r io.Reader) error {
 		_, err := mobyarchive.ApplyLayer(j.Dir, r)
 		return err
 	})
 }
 
-func applyPodman(_ context.Context, j *job) (time.Duration, error) {
+func applyPodman(_ context.Context, j *job) (cost, error) {
 	return fromFile(j.Tar, func(r io.Reader) error {
 		_, err := parchive.ApplyLayer(j.Dir, r)
 		return err
@@ -132,12 +157,12 @@ func tarExtract(path, dir string) []string {
 	return []string{"--extract", "--file", path, "--directory", dir, "--same-permissions", "--numeric-owner", "--xattrs", "--xattrs-include=*"}
 }
 
-func applyTar(ctx context.Context, j *job) (time.Duration, error) {
+func applyTar(ctx context.Context, j *job) (cost, error) {
 	return timed(func() error { return command(ctx, "tar", tarExtract(j.Tar, j.Dir)...) })
 }
 
 // decompress is what no way to apply a compressed layer in one stream can beat.
-func decompress(_ context.Context, j *job) (time.Duration, error) {
+func decompress(_ context.Context, j *job) (cost, error) {
 	return fromFile(j.Tar, func(r io.Reader) error {
 		if filepath.Ext(j.Tar) == ".gz" {
 			z, err := gzip.NewReader(r)
@@ -157,7 +182,7 @@ func decompress(_ context.Context, j *job) (time.Duration, error) {
 	})
 }
 
-func writeContainerd(ctx context.Context, j *job) (time.Duration, error) {
+func writeContainerd(ctx context.Context, j *job) (cost, error) {
 	return timed(func() error { return cdarchive.WriteDiff(ctx, io.Discard, "", j.Tree) })
 }
 
@@ -171,17 +196,17 @@ func drain(r io.ReadCloser, err error) error {
 	return err
 }
 
-func writeMoby(_ context.Context, j *job) (time.Duration, error) {
+func writeMoby(_ context.Context, j *job) (cost, error) {
 	return timed(func() error { return drain(mobyarchive.TarWithOptions(j.Tree, &mobyarchive.TarOptions{})) })
 }
 
-func writePodman(_ context.Context, j *job) (time.Duration, error) {
+func writePodman(_ context.Context, j *job) (cost, error) {
 	return timed(func() error { return drain(parchive.TarWithOptions(j.Tree, &parchive.TarOptions{})) })
 }
 
 // writeTar reads from a pipe: GNU tar does not read files at all when it sees
 // that its output is /dev/null.
-func writeTar(ctx context.Context, j *job) (time.Duration, error) {
+func writeTar(ctx context.Context, j *job) (cost, error) {
 	return timed(func() error {
 		cmd := exec.CommandContext(ctx, "tar", "--create", "--file=-", "--directory", j.Tree,
 			"--format=posix", "--numeric-owner", "--xattrs", "--xattrs-include=*", ".")
@@ -208,7 +233,7 @@ func wantChanges(found bool, n int) error {
 	return nil
 }
 
-func changesContainerd(ctx context.Context, j *job) (time.Duration, error) {
+func changesContainerd(ctx context.Context, j *job) (cost, error) {
 	n, found := 0, false
 	spent, err := timed(func() error {
 		return confs.Changes(ctx, j.Old, j.Tree, func(_ confs.ChangeKind, path string, _ os.FileInfo, err error) error {
@@ -218,16 +243,16 @@ func changesContainerd(ctx context.Context, j *job) (time.Duration, error) {
 		})
 	})
 	if err != nil {
-		return 0, err
+		return cost{}, err
 	}
 	return spent, wantChanges(found, n)
 }
 
-func changesMoby(_ context.Context, j *job) (time.Duration, error) {
+func changesMoby(_ context.Context, j *job) (cost, error) {
 	var changes []mobyarchive.Change
 	spent, err := timed(func() (err error) { changes, err = mobyarchive.ChangesDirs(j.Tree, j.Old); return err })
 	if err != nil {
-		return 0, err
+		return cost{}, err
 	}
 	found := false
 	for _, c := range changes {
@@ -236,14 +261,14 @@ func changesMoby(_ context.Context, j *job) (time.Duration, error) {
 	return spent, wantChanges(found, len(changes))
 }
 
-func changesPodman(_ context.Context, j *job) (time.Duration, error) {
+func changesPodman(_ context.Context, j *job) (cost, error) {
 	var changes []parchive.Change
 	spent, err := timed(func() (err error) {
 		changes, err = parchive.ChangesDirs(j.Tree, &idtools.IDMappings{}, j.Old, &idtools.IDMappings{})
 		return err
 	})
 	if err != nil {
-		return 0, err
+		return cost{}, err
 	}
 	found := false
 	for _, c := range changes {
@@ -252,13 +277,21 @@ func changesPodman(_ context.Context, j *job) (time.Duration, error) {
 	return spent, wantChanges(found, len(changes))
 }
 
-func copyContainerd(_ context.Context, j *job) (time.Duration, error) {
-	return timed(func() error { return confs.CopyDir(filepath.Join(j.Dir, "copy"), j.Tree) })
+func copyContainerd(ctx context.Context, j *job) (cost, error) {
+	root, tree, err := copySource(ctx, j)
+	if err != nil {
+		return cost{}, err
+	}
+	return timed(func() error { return confs.CopyDir(filepath.Join(root, "copy"), tree) })
 }
 
-func copyGNU(ctx context.Context, j *job) (time.Duration, error) {
+func copyGNU(ctx context.Context, j *job) (cost, error) {
+	root, tree, err := copySource(ctx, j)
+	if err != nil {
+		return cost{}, err
+	}
 	return timed(func() error {
-		return command(ctx, "cp", "-a", "--reflink=auto", j.Tree, filepath.Join(j.Dir, "copy"))
+		return command(ctx, "cp", "-a", "--reflink=auto", tree, filepath.Join(root, "copy"))
 	})
 }
 
@@ -266,10 +299,10 @@ func copyGNU(ctx context.Context, j *job) (time.Duration, error) {
 const warmUp = 20
 
 // perContainer times one container's life, after some that do not count.
-func perContainer(n int, life func(id string) error) (time.Duration, error) {
+func perContainer(n int, life func(id string) error) (cost, error) {
 	for i := range warmUp {
 		if err := life(fmt.Sprintf("warm-%d", i)); err != nil {
-			return 0, err
+			return cost{}, err
 		}
 	}
 	spent, err := timed(func() error {
@@ -280,7 +313,7 @@ func perContainer(n int, life func(id string) error) (time.Duration, error) {
 		}
 		return nil
 	})
-	return spent / time.Duration(n), err
+	return cost{spent.wall / time.Duration(n), spent.cpu / time.Duration(n)}, err
 }
 
 // fillBase gives a base layer something to show.
@@ -299,25 +332,25 @@ func checkMerged(dir string) error {
 	return err
 }
 
-func lifecycleContainerd(ctx context.Context, j *job) (time.Duration, error) {
-	root, err := lifecycleRoot(ctx, j)
+func lifecycleContainerd(ctx context.Context, j *job) (cost, error) {
+	root, err := workRoot(ctx, j)
 	if err != nil {
-		return 0, err
+		return cost{}, err
 	}
 	sn, err := cdoverlay.NewSnapshotter(filepath.Join(root, "snapshotter"))
 	if err != nil {
-		return 0, err
+		return cost{}, err
 	}
 	defer sn.Close()
 	mounts, err := sn.Prepare(ctx, "base-active", "")
 	if err != nil {
-		return 0, err
+		return cost{}, err
 	}
 	if err := fillBase(mounts[0].Source); err != nil { // a bind mount of the layer itself
-		return 0, err
+		return cost{}, err
 	}
 	if err := sn.Commit(ctx, "base", "base-active"); err != nil {
-		return 0, err
+		return cost{}, err
 	}
 	return perContainer(j.N, func(id string) error {
 		mounts, err := sn.Prepare(ctx, id, "base")
@@ -344,21 +377,21 @@ func lifecycleContainerd(ctx context.Context, j *job) (time.Duration, error) {
 	})
 }
 
-func lifecyclePodman(ctx context.Context, j *job) (time.Duration, error) {
-	root, err := lifecycleRoot(ctx, j)
+func lifecyclePodman(ctx context.Context, j *job) (cost, error) {
+	root, err := workRoot(ctx, j)
 	if err != nil {
-		return 0, err
+		return cost{}, err
 	}
 	d, err := poverlay.Init(filepath.Join(root, "overlay"), graphdriver.Options{Root: root, RunRoot: filepath.Join(root, "run")})
 	if err != nil {
-		return 0, err
+		return cost{}, err
 	}
 	defer func() { _ = d.Cleanup() }()
 	if err := d.Create("base", "", nil); err != nil {
-		return 0, err
+		return cost{}, err
 	}
 	if err := fillBase(filepath.Join(root, "overlay", "base", "diff")); err != nil {
-		return 0, err
+		return cost{}, err
 	}
 	return perContainer(j.N, func(id string) error {
 		if err := d.CreateReadWrite(id, "base", nil); err != nil {

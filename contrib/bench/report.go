@@ -6,6 +6,7 @@ import (
 	"os"
 	"os/exec"
 	"runtime"
+	"slices"
 	"strings"
 	"time"
 
@@ -48,29 +49,39 @@ func printTask(w io.Writer, t task, rows []row) error {
 	if t.unit == "µs" {
 		scale, format = 1e6, "%.0f"
 	}
-	var peer float64
+	var peer, peerCPU float64
 	for _, r := range rows {
-		for _, name := range goPeers() {
-			if r.who == name && (peer == 0 || r.median < peer) {
-				peer = r.median
-			}
+		if slices.Contains(goPeers(), r.who) {
+			peer, peerCPU = least(peer, r.median), least(peerCPU, r.cpu)
 		}
 	}
 	var b strings.Builder
 	fmt.Fprintf(&b, "\n### %s\n\n", t.name)
-	fmt.Fprintf(&b, "| | median %s | fastest %s | speed / fastest Go peer | peak MB |\n|---|---|---|---|---|\n", t.unit, t.unit)
+	fmt.Fprintf(&b, "| | median %s | fastest %s | CPU %s | speed / fastest Go peer | thrift / thriftiest Go peer | peak MB |\n|---|---|---|---|---|---|---|\n", t.unit, t.unit, t.unit)
 	for _, r := range rows {
-		ratio, peak := "", ""
+		ratio, thrift, peak := "", "", ""
 		if peer > 0 {
 			ratio = fmt.Sprintf("%.2f", peer/r.median)
+		}
+		if peerCPU > 0 && r.cpu > 0 {
+			thrift = fmt.Sprintf("%.2f", peerCPU/r.cpu)
 		}
 		if r.peak > 0 {
 			peak = fmt.Sprintf("%.0f", float64(r.peak)/1e6)
 		}
-		fmt.Fprintf(&b, "| %s | "+format+" | "+format+" | %s | %s |\n", r.who, r.median*scale, r.least*scale, ratio, peak)
+		fmt.Fprintf(&b, "| %s | "+format+" | "+format+" | "+format+" | %s | %s | %s |\n",
+			r.who, r.median*scale, r.least*scale, r.cpu*scale, ratio, thrift, peak)
 	}
 	_, err := io.WriteString(w, b.String())
 	return err
+}
+
+// least returns the smaller of two times, of which 0 is none.
+func least(a, b float64) float64 {
+	if a == 0 || b < a {
+		return b
+	}
+	return a
 }
 
 func cpu() string { return field("/proc/cpuinfo", "model name") }
