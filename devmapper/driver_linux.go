@@ -219,7 +219,8 @@ func (m *mechanism) leave(ctx context.Context) error {
 		return err
 	}
 	defer unlock()
-	m.dir.Release(poolLock, layerdir.HeldReadOnly)
+	// Last: with the last hold the file of the locks may be closed.
+	defer m.dir.Release(poolLock, layerdir.HeldReadOnly)
 	others, err := m.dir.Others(poolLock)
 	if err != nil || others.Any() {
 		return err

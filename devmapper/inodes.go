@@ -65,13 +65,13 @@ func newExt4(sb []byte) (*ext4, error) {
 		return nil, fmt.Errorf("ext4 with meta_bg")
 	case e.inode < 128 || e.inode > e.blockSize || e.inode&(e.inode-1) != 0:
 		return nil, fmt.Errorf("ext4 inodes of %d bytes", e.inode)
-	case e.descSize < 32 || e.wide && e.descSize < 64 || e.descSize > 1024:
+	case e.descSize < 32 || e.wide && e.descSize < 64 || e.descSize > 128:
 		return nil, fmt.Errorf("ext4 group descriptors of %d bytes", e.descSize)
 	case blocksPerGroup == 0 || e.perGroup == 0 || blocks <= e.firstBlock || blocks > 1<<48:
 		return nil, fmt.Errorf("ext4 of %d blocks, %d in a group, with %d inodes", blocks, blocksPerGroup, e.perGroup)
 	}
 	e.groups = (blocks - e.firstBlock + blocksPerGroup - 1) / blocksPerGroup
-	if e.groups > 1<<24 {
+	if e.groups > 1<<20 { // 128 TiB with the usual blocks
 		return nil, fmt.Errorf("ext4 of %d groups", e.groups)
 	}
 	return e, nil

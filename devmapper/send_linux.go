@@ -287,7 +287,8 @@ type ReceiveOptions struct {
 // on a layer that has the content of that base, which was received too.
 //
 // All or nothing, also in a crash. The error matches [layerfs.ErrMalformed] if
-// the stream is damaged or cut.
+// the stream is damaged or cut. What is in the stream is a file system that the
+// kernel will mount: receive from senders alone whose disks you would mount.
 func (d *Driver) Receive(ctx context.Context, id, parent string, r io.Reader, opts *ReceiveOptions) error {
 	if opts == nil {
 		opts = new(ReceiveOptions)
