@@ -10,7 +10,8 @@
 // The streams are layers as in the OCI image specification: a deletion is an
 // empty file .wh.NAME, a directory that hides what is below it holds a file
 // .wh..wh..opq. All tar dialects are read (v7, ustar, pax, GNU, star, old and
-// new sparse forms); ustar with pax records is written.
+// new sparse forms), with xattrs as star or libarchive name them and ACLs as
+// text; ustar with pax records is written.
 //
 // # Trust
 //

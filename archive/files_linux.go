@@ -13,9 +13,6 @@ import (
 )
 
 const (
-	aclAccess  = "system.posix_acl_access"
-	aclDefault = "system.posix_acl_default"
-
 	// overrideStat is where rootless tools keep what a file should be, as
 	// containers/storage pkg/idtools writes it and fuse-overlayfs reads it.
 	overrideStat = "user.containers.override_stat"

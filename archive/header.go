@@ -382,6 +382,8 @@ func applyRecord(h *header, r record, sp *gnuSparse) error {
 		}
 		sp.isSparse = true
 		sp.numbers = append(sp.numbers, n)
+	case "SCHILY.acl.access", "SCHILY.acl.default":
+		return applyACL(h, r.key, r.value)
 	default:
 		return applyXattr(h, r)
 	}
