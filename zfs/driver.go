@@ -24,8 +24,7 @@ type frame = lifecycle.Driver
 
 // Driver keeps layers as ZFS file systems. It implements [layerfs.Driver],
 // [layerfs.QuotaSetter], [layerfs.LabelSetter], [layerfs.Rollbacker],
-// [layerfs.Cloner], [layerfs.Checker] and
-// [layerfs.Repairer].
+// [layerfs.Cloner], [layerfs.Checker] and [layerfs.Repairer].
 type Driver struct {
 	*frame
 	m *mechanism
