@@ -12,8 +12,10 @@ import (
 
 	"github.com/layerfs/layerfs"
 	"github.com/layerfs/layerfs/btrfs"
+	"github.com/layerfs/layerfs/devmapper"
 	"github.com/layerfs/layerfs/overlay"
 	"github.com/layerfs/layerfs/vfs"
+	"github.com/layerfs/layerfs/zfs"
 )
 
 // Options are the options of [Open]. The zero value, and nil, are the defaults.
@@ -42,6 +44,12 @@ type Options struct {
 
 	// Btrfs are the options of package btrfs, if it is chosen.
 	Btrfs *btrfs.Options
+
+	// ZFS are the options of package zfs, if it is chosen.
+	ZFS *zfs.Options
+
+	// Devmapper are the options of package devmapper, if it is chosen.
+	Devmapper *devmapper.Options
 
 	// VFS are the options of package vfs, if it is chosen.
 	VFS *vfs.Options

@@ -6,8 +6,10 @@ import (
 
 	"github.com/layerfs/layerfs"
 	"github.com/layerfs/layerfs/btrfs"
+	"github.com/layerfs/layerfs/devmapper"
 	"github.com/layerfs/layerfs/overlay"
 	"github.com/layerfs/layerfs/vfs"
+	"github.com/layerfs/layerfs/zfs"
 )
 
 // backend is what has to be known of a driver before it is opened.
@@ -55,6 +57,24 @@ func backends() []backend {
 				common(o, &opts.Durability, &opts.Logger)
 				return opened(btrfs.New(root, opts))
 			},
+		},
+		{
+			name: "zfs",
+			open: func(root string, o *Options) (layerfs.Driver, error) {
+				opts := copied(o.ZFS)
+				common(o, &opts.Durability, &opts.Logger)
+				return opened(zfs.New(root, opts))
+			},
+		},
+		{
+			name: "devmapper",
+			dir:  "devicemapper",
+			open: func(root string, o *Options) (layerfs.Driver, error) {
+				opts := copied(o.Devmapper)
+				common(o, &opts.Durability, &opts.Logger)
+				return opened(devmapper.New(root, opts))
+			},
+			probe: &Options{Devmapper: &devmapper.Options{DataSize: 256 << 20, MetadataSize: 4 << 20, BaseSize: 64 << 20}},
 		},
 		{
 			name: "vfs",

@@ -8,8 +8,10 @@ import (
 
 	"github.com/layerfs/layerfs/auto"
 	"github.com/layerfs/layerfs/btrfs"
+	"github.com/layerfs/layerfs/devmapper"
 	"github.com/layerfs/layerfs/overlay"
 	"github.com/layerfs/layerfs/vfs"
+	"github.com/layerfs/layerfs/zfs"
 )
 
 // driverOption is a KEY of --opt DRIVER.KEY=VALUE.
@@ -31,6 +33,18 @@ func driverOptions() []driverOption {
 			o.Btrfs = new(btrfs.Options)
 		}
 		return o.Btrfs
+	}
+	zf := func(o *auto.Options) *zfs.Options {
+		if o.ZFS == nil {
+			o.ZFS = new(zfs.Options)
+		}
+		return o.ZFS
+	}
+	dm := func(o *auto.Options) *devmapper.Options {
+		if o.Devmapper == nil {
+			o.Devmapper = new(devmapper.Options)
+		}
+		return o.Devmapper
 	}
 	vf := func(o *auto.Options) *vfs.Options {
 		if o.VFS == nil {
@@ -80,6 +94,111 @@ func driverOptions() []driverOption {
 		}},
 		{"btrfs", "quotas", "off, or turn qgroups or simple quotas on for the whole file system; default: what is there", func(o *auto.Options, v string) error {
 			return choice(&bt(o).Quotas, v, btrfs.QuotasOff, btrfs.QuotasFull, btrfs.QuotasSimple)
+		}},
+		{"zfs", "dataset", "dataset that holds those of the layers; default: the one that is mounted there", func(o *auto.Options, v string) error {
+			zf(o).Dataset = v
+			return nil
+		}},
+		{"zfs", "property", "NAME=VALUE of each layer's dataset; may be repeated", func(o *auto.Options, v string) error {
+			name, value, ok := strings.Cut(v, "=")
+			if !ok {
+				return usagef("%q is not NAME=VALUE", v)
+			}
+			if zf(o).Properties == nil {
+				zf(o).Properties = make(map[string]string)
+			}
+			zf(o).Properties[name] = value
+			return nil
+		}},
+		{"zfs", "size", "quota in bytes of layers without one of their own, such as 10G", func(o *auto.Options, v string) error {
+			return size(&zf(o).Quota.Bytes, v)
+		}},
+		{"zfs", "refquota", "most bytes of a layer's tree, with what it shares", func(o *auto.Options, v string) error {
+			return size(&zf(o).RefQuota, v)
+		}},
+		{"zfs", "zfs", "path of the program zfs", func(o *auto.Options, v string) error {
+			zf(o).Zfs = v
+			return nil
+		}},
+		{"zfs", "zpool", "path of the program zpool", func(o *auto.Options, v string) error {
+			zf(o).Zpool = v
+			return nil
+		}},
+		{"zfs", "walk_changes", "on or off: compare whole trees even where zfs diff works", func(o *auto.Options, v string) error {
+			return boolean(&zf(o).WalkChanges, v)
+		}},
+		// The names are those of Docker's dm.* options, where it had them.
+		{"devmapper", "basesize", "bytes of a layer's file system; default 10G", func(o *auto.Options, v string) error {
+			return size(&dm(o).BaseSize, v)
+		}},
+		{"devmapper", "loopdatasize", "bytes of the pool's data file; default 100G", func(o *auto.Options, v string) error {
+			return size(&dm(o).DataSize, v)
+		}},
+		{"devmapper", "loopmetadatasize", "bytes of the pool's metadata file; default 2G", func(o *auto.Options, v string) error {
+			return size(&dm(o).MetadataSize, v)
+		}},
+		{"devmapper", "datadev", "block device for the pool's data; its content is lost in a new root", func(o *auto.Options, v string) error {
+			dm(o).DataDevice = v
+			return nil
+		}},
+		{"devmapper", "metadatadev", "block device for the pool's metadata", func(o *auto.Options, v string) error {
+			dm(o).MetadataDevice = v
+			return nil
+		}},
+		{"devmapper", "thinpooldev", "name of an active thin pool that nobody else uses", func(o *auto.Options, v string) error {
+			dm(o).ThinPoolDevice = v
+			return nil
+		}},
+		{"devmapper", "blocksize", "bytes of the pool's blocks; default 64K", func(o *auto.Options, v string) error {
+			return size(&dm(o).BlockSize, v)
+		}},
+		{"devmapper", "fs", "ext4 or xfs", func(o *auto.Options, v string) error {
+			return choice(&dm(o).FS, v, "ext4", "xfs")
+		}},
+		{"devmapper", "mkfsarg", "a further argument of mkfs; may be repeated", func(o *auto.Options, v string) error {
+			dm(o).MkfsArgs = append(dm(o).MkfsArgs, v)
+			return nil
+		}},
+		{"devmapper", "mountopt", "a further mount option of every layer; may be repeated", func(o *auto.Options, v string) error {
+			dm(o).MountOptions = append(dm(o).MountOptions, v)
+			return nil
+		}},
+		{"devmapper", "blkdiscard", "on or off: discard a device before its deletion", func(o *auto.Options, v string) error {
+			return choice(&dm(o).BlkDiscard, v, "on", "off")
+		}},
+		{"devmapper", "discard", "on or off: the pool gives freed blocks back", func(o *auto.Options, v string) error {
+			return inverse(&dm(o).IgnoreDiscard, v)
+		}},
+		{"devmapper", "discard_passdown", "on or off: and so does what is below it", func(o *auto.Options, v string) error {
+			return inverse(&dm(o).NoDiscardPassdown, v)
+		}},
+		{"devmapper", "use_deferred_removal", "on or off: the kernel removes devices when their last user goes", func(o *auto.Options, v string) error {
+			return inverse(&dm(o).NoDeferredRemoval, v)
+		}},
+		{"devmapper", "use_deferred_deletion", "on or off: layers in use are deleted later", func(o *auto.Options, v string) error {
+			return inverse(&dm(o).NoDeferredDeletion, v)
+		}},
+		{"devmapper", "min_free_space", "percent of the pool below which no layer is made; default 10, -1 is no limit", func(o *auto.Options, v string) error {
+			return integer(&dm(o).MinFreeSpace, v)
+		}},
+		{"devmapper", "extend_threshold", "use in percent from which on a pool in files grows; 0 is never", func(o *auto.Options, v string) error {
+			return integer(&dm(o).ExtendThreshold, v)
+		}},
+		{"devmapper", "extend_percent", "by how much it grows", func(o *auto.Options, v string) error {
+			return integer(&dm(o).ExtendPercent, v)
+		}},
+		{"devmapper", "error_if_no_space", "on or off: writes fail at once when the pool is full", func(o *auto.Options, v string) error {
+			return boolean(&dm(o).ErrorIfNoSpace, v)
+		}},
+		{"devmapper", "xfs_nospace_max_retries", "how often xfs tries to write to a full pool; -1 is for ever", func(o *auto.Options, v string) error {
+			n := new(int)
+			err := integer(n, v)
+			dm(o).XFSNoSpaceRetries = n
+			return err
+		}},
+		{"devmapper", "prefix", "of the names of all devices", func(o *auto.Options, v string) error {
+			dm(o).Prefix = v
+			return nil
 		}},
 		{"vfs", "ignore_owners", "on or off: all files belong to the caller", func(o *auto.Options, v string) error {
 			return boolean(&vf(o).IgnoreOwners, v)
@@ -181,6 +300,23 @@ func boolean(field *bool, value string) error {
 	err := choice(&s, value, "on", "off")
 	*field = s == "on"
 	return err
+}
+
+// inverse is for options that the driver has the other way round.
+func inverse(field *bool, value string) error {
+	var on bool
+	err := boolean(&on, value)
+	*field = !on
+	return err
+}
+
+func integer(field *int, value string) error {
+	n, err := strconv.Atoi(value)
+	if err != nil {
+		return usagef("%q is no number", value)
+	}
+	*field = n
+	return nil
 }
 
 func size(field *int64, value string) error {
