@@ -27,7 +27,11 @@ func plain() drivertest.Harness {
 
 // limited has qgroups and durability full.
 func limited() drivertest.Harness {
-	return withOptions("btrfs-qgroups", &btrfs.Options{Durability: layerfs.DurabilityFull, Quotas: btrfs.QuotasFull})
+	h := withOptions("btrfs-qgroups", &btrfs.Options{Durability: layerfs.DurabilityFull, Quotas: btrfs.QuotasFull})
+	// With qgroups the kernel may go on refusing for some time after the space of a
+	// failed Apply was cleaned up; see docs/decisions/0010-btrfs.md.
+	h.Small = nil
+	return h
 }
 
 func simple() drivertest.Harness {

@@ -296,7 +296,9 @@ func (m *mechanism) reclaim(ctx context.Context, path string) {
 		err = btrfs.WaitCleaned(ctx, m.home, info.ID)
 	}
 	if err == nil {
-		err = btrfs.Commit(m.home) // until then the freed space is pinned
+		// Until then the freed space is pinned, and what others wrote reserves more
+		// than it needs.
+		err = btrfs.Sync(m.home)
 	}
 	if err != nil {
 		m.log.Warn("space of a failed apply is not free yet", "driver", name, "error", err)
