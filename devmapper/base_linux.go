@@ -26,7 +26,7 @@ func mkfsPath(fs string) (string, error) {
 // makeBase makes the device that base layers are snapshots of, with an empty
 // file system. It starts over if a crash left a half of it.
 func (m *mechanism) makeBase(ctx context.Context, s *poolState) (err error) {
-	if err := m.removeDevice(ctx, m.deviceName("~base", false)); err != nil {
+	if err := m.removeDevice(ctx, m.deviceName("+base", false)); err != nil {
 		return err
 	}
 	m.step("base: create")
@@ -61,7 +61,7 @@ func (m *mechanism) makeBase(ctx context.Context, s *poolState) (err error) {
 
 // activateBase activates the base device under a name of its own.
 func (m *mechanism) activateBase(ctx context.Context, s poolState, readOnly bool) (path string, release func() error, err error) {
-	name := m.deviceName("~base", false)
+	name := m.deviceName("+base", false)
 	if err := m.removeDevice(ctx, name); err != nil { // left by a crash
 		return "", nil, err
 	}

@@ -346,7 +346,7 @@ func (m *mechanism) reap(ctx context.Context, d device) error {
 // blkDiscard gives the blocks that only this device has back to what is below
 // the pool: deleting a device frees them in the pool alone.
 func (m *mechanism) blkDiscard(ctx context.Context, d device) error {
-	name := m.deviceName("~"+strconv.FormatUint(uint64(d.ID), 10), false)
+	name := m.deviceName("+"+strconv.FormatUint(uint64(d.ID), 10), false)
 	if err := m.removeDevice(ctx, name); err != nil {
 		return err
 	}
@@ -593,7 +593,7 @@ func (m *mechanism) Find(_ context.Context, rec *lifecycle.Record) error {
 		return err
 	}
 	// Activating it is the only question the pool answers about one device.
-	probe := m.deviceName("~"+strconv.FormatUint(uint64(d.ID), 10), false)
+	probe := m.deviceName("+"+strconv.FormatUint(uint64(d.ID), 10), false)
 	if _, err := m.activateThin(probe, m.thinUUID(d.ID), d.ID, d.Size, true); err != nil {
 		if errors.Is(err, unix.EBUSY) {
 			return nil // it is just being used

@@ -26,7 +26,7 @@
 // Names of device-mapper devices are PREFIX-MAJOR:MINOR-INODE-ID, with the
 // device and inode of ROOT/devicemapper, so that roots never collide; the pool
 // is PREFIX-MAJOR:MINOR-INODE-pool. An id that does not fit, or that is "pool",
-// is cut and followed by "~" and a hash. The uuid of a device holds the
+// is cut and followed by "+" and a hash. The uuid of a device holds the
 // identity of the root, so that a foreign device of the same name is told.
 //
 // # The life of a device

@@ -418,7 +418,7 @@ func image(t testing.TB, d *Driver, id string) []byte {
 	t.Helper()
 	dev, err := d.m.load(id)
 	require.NoError(t, err)
-	name := d.m.deviceName("~image", false)
+	name := d.m.deviceName("+image", false)
 	info, err := d.m.activateThin(name, "", dev.ID, dev.Size, true)
 	require.NoError(t, err)
 	defer func() { require.NoError(t, d.m.removeDevice(t.Context(), name)) }()
@@ -845,7 +845,7 @@ func TestPowerFailure(t *testing.T) {
 	require.NoError(t, d.Close())
 	d = mustNew(t, root, small())
 	require.NoError(t, d.m.deleteThin(dev.ID), "no such device")
-	_, err = d.m.activateThin(d.m.deviceName("~x", false), "", dev.ID, 1<<20, true)
+	_, err = d.m.activateThin(d.m.deviceName("+x", false), "", dev.ID, 1<<20, true)
 	require.ErrorIs(t, err, unix.ENODATA)
 	create(t, d, "b", "a")
 }

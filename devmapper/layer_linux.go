@@ -185,7 +185,7 @@ func (m *mechanism) swap(ctx context.Context, rec *lifecycle.Record, from lifecy
 
 // fill mounts a new device for a function.
 func (m *mechanism) fill(ctx context.Context, rec *lifecycle.Record, d device, fill func(dir string) error) (err error) {
-	dev := deviceName(m.prefix, "~apply-"+rec.ID)
+	dev := deviceName(m.prefix, "+apply-"+rec.ID)
 	if err := m.removeDevice(ctx, dev); err != nil {
 		return err
 	}

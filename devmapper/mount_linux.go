@@ -349,7 +349,7 @@ func (m *mechanism) makeWay(ctx context.Context, info dm.Info, name string, d de
 		return m.removeDevice(ctx, name)
 	}
 	number := strings.TrimPrefix(info.UUID, m.uuidOf(""))
-	return ignore(m.ctl.Rename(name, m.deviceName("~old-"+number, false)), unix.ENXIO)
+	return ignore(m.ctl.Rename(name, m.deviceName("+old-"+number, false)), unix.ENXIO)
 }
 
 // stretch gives an active device the size its layer has by now.

@@ -10,7 +10,7 @@ const maxName = 127
 
 // deviceName joins a prefix and an id. An id that does not fit is cut, and one
 // that is the pool's is marked; neither can be equal to another id's name,
-// since no id has "~".
+// since no id has "+", which dmsetup shows as it is.
 func deviceName(prefix, id string) string {
 	const hashed = 1 + 16
 	name := prefix + "-" + id
@@ -18,5 +18,5 @@ func deviceName(prefix, id string) string {
 		return name
 	}
 	sum := sha256.Sum256([]byte(id))
-	return name[:min(len(name), maxName-hashed)] + "~" + hex.EncodeToString(sum[:8])
+	return name[:min(len(name), maxName-hashed)] + "+" + hex.EncodeToString(sum[:8])
 }

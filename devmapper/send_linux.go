@@ -44,7 +44,7 @@ func (m *mechanism) snap(ctx context.Context, id, state string) (_ *snap, err er
 		state = uuid()
 	}
 	key := ".snap-" + uuid() // two may read one state at a time
-	s := &snap{m: m, path: m.devicePath(key), name: deviceName(m.prefix, "~"+key[1:]), state: state}
+	s := &snap{m: m, path: m.devicePath(key), name: deviceName(m.prefix, "+"+key[1:]), state: state}
 	if s.unlock, err = m.dir.Lock(ctx, key); err != nil {
 		return nil, err
 	}
@@ -420,7 +420,7 @@ func (m *mechanism) blank(ctx context.Context, path string, h streamHeader) (dev
 
 // write writes a stream to a device that is not active.
 func (m *mechanism) write(ctx context.Context, id string, d device, in *incoming) (err error) {
-	dev := deviceName(m.prefix, "~apply-"+id)
+	dev := deviceName(m.prefix, "+apply-"+id)
 	if err := m.removeDevice(ctx, dev); err != nil {
 		return err
 	}
