@@ -49,12 +49,17 @@ func (m *mechanism) Mount(ctx context.Context, chain lifecycle.Chain, mode lifec
 	if mode.IDMap == nil {
 		return mount.Attach(tree, path)
 	}
-	mapped, err := mount.OpenTreeMapped(procPath(tree)+"/.", mode.IDMap)
+	// The mount is nowhere yet, as mapping its owners needs it to be.
+	ns, err := mount.UserNamespace(mode.IDMap)
 	if err != nil {
 		return err
 	}
-	defer mapped.Close()
-	return mount.Attach(mapped, path)
+	defer ns.Close()
+	attr := unix.MountAttr{Attr_set: unix.MOUNT_ATTR_IDMAP, Userns_fd: uint64(ns.Fd())}
+	if err := unix.MountSetattr(int(tree.Fd()), "", unix.AT_EMPTY_PATH, &attr); err != nil {
+		return &os.PathError{Op: "mount_setattr", Path: path, Err: err}
+	}
+	return mount.Attach(tree, path)
 }
 
 func procPath(f *os.File) string { return "/proc/self/fd/" + strconv.Itoa(int(f.Fd())) }
