@@ -70,7 +70,15 @@ func small(tb testing.TB, bytes int64) string {
 
 func TestConformance(t *testing.T) { drivertest.Run(t, on(t, plain())) }
 
-func TestConformanceQgroups(t *testing.T) { drivertest.Run(t, on(t, limited())) }
+// TestConformanceQgroups runs on demand: qgroups limit a layer only while their
+// numbers are consistent, which they are not for a while after a subvolume was
+// removed; see docs/decisions/0010-btrfs.md.
+func TestConformanceQgroups(t *testing.T) {
+	if os.Getenv("LAYERFS_QGROUPS") == "" {
+		t.Skip("limits of qgroups do not hold at all times; LAYERFS_QGROUPS=1 runs it")
+	}
+	drivertest.Run(t, on(t, limited()))
+}
 
 func TestConformanceSimpleQuotas(t *testing.T) {
 	testenv.RequireKernel(t, "6.7", "btrfs simple quotas")
