@@ -304,7 +304,21 @@ func (s *Server) reader() {
 	b := newBuffers(s.maxWrite)
 	in, out := [][]byte{nil}, [][]byte{b.out}
 	var away atomic.Bool // this goroutine does not count as a reader
+	// The timer's function runs beside this one and must not make a reader
+	// after it: the last to end lets the descriptor be closed.
+	var mu sync.Mutex
+	ended := false // guarded by mu
+	defer func() {
+		mu.Lock()
+		ended = true
+		mu.Unlock()
+	}()
 	leave := func() {
+		mu.Lock()
+		defer mu.Unlock()
+		if ended {
+			return
+		}
 		if away.CompareAndSwap(false, true) {
 			s.readers.Add(-1)
 			s.addReader()
