@@ -74,7 +74,7 @@ func (m *mechanism) makeBranch(path string, rec *lifecycle.Record, parent lifecy
 		return err
 	}
 	if rec.Quota != (layerfs.Quota{}) {
-		if err := m.limit(context.Background(), path, rec.Quota); err != nil {
+		if err := m.quotas().Limit(context.Background(), path, rec.Quota); err != nil {
 			return err
 		}
 	}
@@ -133,7 +133,7 @@ func (m *mechanism) Sync(_ context.Context, rec *lifecycle.Record) error {
 // Delete removes a layer's files. The mount point goes first, by a call that
 // fails if anything is mounted there.
 func (m *mechanism) Delete(_ context.Context, rec *lifecycle.Record) error {
-	forget := m.unlimited(rec)
+	forget := m.quotas().Forget(rec, m.branch(rec.ID))
 	if err := unix.Rmdir(m.Path(rec.ID)); err != nil && !errors.Is(err, unix.ENOENT) {
 		return &os.PathError{Op: "rmdir", Path: m.Path(rec.ID), Err: err}
 	}
@@ -255,7 +255,7 @@ func (m *mechanism) replace(rec *lifecycle.Record, like lifecycle.Chain, fill fu
 	if err := os.Mkdir(dir, 0o755); err != nil {
 		return err
 	}
-	if err := m.sameLimit(rec, dir); err != nil {
+	if err := m.quotas().Share(rec, m.branch(rec.ID), dir); err != nil {
 		return err
 	}
 	if err := m.rootLike(dir, like); err != nil {

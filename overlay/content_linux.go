@@ -44,7 +44,7 @@ func (m *mechanism) applyAside(ctx context.Context, dir string, chain lifecycle.
 	if err := os.Mkdir(dir, 0o711); err != nil {
 		return layerfs.ApplyResult{}, err
 	}
-	if err := m.sameLimit(rec, dir); err != nil {
+	if err := m.quotas().Share(rec, m.layer(rec.ID), dir); err != nil {
 		return layerfs.ApplyResult{}, err
 	}
 	fresh := filepath.Join(dir, "upper")

@@ -258,7 +258,7 @@ func (d *Driver) SetQuota(ctx context.Context, id string, q layerfs.Quota) error
 		if q.Bytes < 0 || q.Inodes < 0 {
 			return fmt.Errorf("quota of %d bytes and %d inodes is negative", q.Bytes, q.Inodes)
 		}
-		if err := d.m.limit(ctx, d.m.layer(id), q); err != nil {
+		if err := d.m.quotas().Limit(ctx, d.m.layer(id), q); err != nil {
 			return err
 		}
 		rec.Quota = q

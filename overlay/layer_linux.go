@@ -43,7 +43,7 @@ func (m *mechanism) build(ctx context.Context, rec *lifecycle.Record, parent lif
 	u.Push(func() error { return os.RemoveAll(dir) })
 	// Before anything is in the layer: files inherit the project.
 	if rec.Quota != (layerfs.Quota{}) {
-		if err := m.limit(ctx, dir, rec.Quota); err != nil {
+		if err := m.quotas().Limit(ctx, dir, rec.Quota); err != nil {
 			return err
 		}
 	}
@@ -130,7 +130,7 @@ func (m *mechanism) Sync(_ context.Context, rec *lifecycle.Record) error {
 // then a few calls do; RemoveAll does the rest.
 func (m *mechanism) Delete(_ context.Context, rec *lifecycle.Record) error {
 	dir := m.layer(rec.ID)
-	forget := m.unlimited(rec)
+	forget := m.quotas().Forget(rec, m.layer(rec.ID))
 	for _, name := range []string{"/merged", "/work/work", "/work", "/upper"} {
 		if err := unix.Rmdir(dir + name); errors.Is(err, unix.EBUSY) {
 			return &os.PathError{Op: "rmdir", Path: dir + name, Err: err}
@@ -229,7 +229,7 @@ func (m *mechanism) empty(rec *lifecycle.Record, parent lifecycle.Chain) (err er
 		return err
 	}
 	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
-	if err := m.sameLimit(rec, dir); err != nil {
+	if err := m.quotas().Share(rec, m.layer(rec.ID), dir); err != nil {
 		return err
 	}
 	fresh := filepath.Join(dir, "upper")
