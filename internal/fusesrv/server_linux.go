@@ -114,8 +114,8 @@ const (
 	maxBacked = 4096
 )
 
-// Mount mounts and serves until Unmount, or an unmount by somebody else.
-func Mount(cfg Config) (*Server, error) {
+// newServer makes what Mount mounts.
+func newServer(cfg Config) *Server {
 	s := &Server{
 		RawFileSystem: fuse.NewDefaultRawFileSystem(),
 		cfg:           cfg, fs: cfg.FS, log: cfg.Logger,
@@ -157,6 +157,12 @@ func Mount(cfg Config) (*Server, error) {
 		opts.DisabledCapabilities |= fuse.CAP_PASSTHROUGH
 	}
 	s.ps = fuse.NewProtocolServer(s, opts)
+	return s
+}
+
+// Mount mounts and serves until Unmount, or an unmount by somebody else.
+func Mount(cfg Config) (*Server, error) {
+	s := newServer(cfg)
 	if err := s.attach(); err != nil {
 		return nil, err
 	}
@@ -179,23 +185,6 @@ func Mount(cfg Config) (*Server, error) {
 	}()
 	s.refusePoll()
 	return s, nil
-}
-
-// pollName is the file with which ProtocolServer lets the kernel ask for POLL.
-const pollName = "/.go-fuse-epoll-hack"
-
-// refusePoll makes the kernel learn that files here cannot be polled. Else it
-// would ask when a goroutine of this very process opens a file in the mount:
-// epoll_ctl(2) waits for the answer with the lock of the runtime's epoll
-// instance held, on which the readers wait for requests.
-func (s *Server) refusePoll() {
-	fd, err := unix.Open(s.cfg.Target+pollName, unix.O_RDONLY|unix.O_CLOEXEC, 0)
-	if err != nil {
-		s.log.Warn("open poll file", "err", err)
-		return
-	}
-	defer unix.Close(fd)
-	unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, 0)
 }
 
 func stack() []byte {

@@ -1,0 +1,106 @@
+package fusesrv
+
+import (
+	"bufio"
+	"fmt"
+	"os"
+	"os/exec"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+	"golang.org/x/sys/unix"
+
+	"github.com/layerfs/layerfs/internal/unionfs"
+)
+
+// stuckEnv makes this test binary mount that directory, take the first request
+// of its own refusePoll, and never answer.
+const stuckEnv = "LAYERFS_TEST_STUCK"
+
+func TestMain(m *testing.M) {
+	if dir := os.Getenv(stuckEnv); dir != "" {
+		fmt.Println(stuck(dir))
+		select {}
+	}
+	os.Exit(m.Run())
+}
+
+func stuck(dir string) error {
+	fs, _, err := unionfs.Open(&unionfs.Config{Branches: []unionfs.BranchSpec{{Path: dir + "/branch"}}})
+	if err != nil {
+		return err
+	}
+	s := newServer(Config{FS: fs, Target: dir + "/mnt"})
+	if err := s.attach(); err != nil {
+		return err
+	}
+	if err := s.handshake(); err != nil {
+		return err
+	}
+	go s.refusePoll()
+	_, err = s.read(newBuffers(s.maxWrite).in)
+	return err
+}
+
+// TestKilledWhileAsking kills a server that waits for an answer of its own
+// mount: it must end, and with it the connection.
+func TestKilledWhileAsking(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("mounting needs root")
+	}
+	dir := t.TempDir()
+	require.NoError(t, os.Mkdir(dir+"/branch", 0o755))
+	require.NoError(t, os.Mkdir(dir+"/mnt", 0o755))
+	cmd := exec.Command(os.Args[0])
+	cmd.Env = append(os.Environ(), stuckEnv+"="+dir)
+	out, err := cmd.StdoutPipe()
+	require.NoError(t, err)
+	require.NoError(t, cmd.Start())
+	line, err := bufio.NewReader(out).ReadString('\n')
+	require.NoError(t, err)
+	require.Equal(t, "<nil>\n", line)
+	defer unix.Unmount(dir+"/mnt", unix.MNT_DETACH)
+	require.NoError(t, cmd.Process.Kill())
+	ended := make(chan struct{})
+	go func() {
+		cmd.Wait()
+		close(ended)
+	}()
+	select {
+	case <-ended:
+	case <-time.After(5 * time.Second):
+		// Ends the waiting, or the process would stay for ever.
+		require.NoError(t, unix.Unmount(dir+"/mnt", unix.MNT_FORCE|unix.MNT_DETACH))
+		<-ended
+		t.Fatal("the killed server hung in its own mount")
+	}
+	_, err = os.Stat(dir + "/mnt")
+	assert.ErrorIs(t, err, unix.ENOTCONN)
+}
+
+// TestEmptyTable checks both ways to get rid of descriptors, and that the rest
+// of the process keeps its own.
+func TestEmptyTable(t *testing.T) {
+	for name, closeRange := range map[string]func(uint, uint, uint) error{
+		"close_range": unix.CloseRange,
+		"unshare":     func(uint, uint, uint) error { return unix.ENOSYS },
+	} {
+		t.Run(name, func(t *testing.T) {
+			f, err := os.Open("/proc/self")
+			require.NoError(t, err)
+			defer f.Close()
+			errs := make(chan error, 2)
+			go onOwnThread(func() {
+				errs <- emptyTable(closeRange)
+				_, err := unix.FcntlInt(f.Fd(), unix.F_GETFD, 0)
+				errs <- err
+			})
+			require.NoError(t, <-errs)
+			assert.ErrorIs(t, <-errs, unix.EBADF)
+			_, err = f.Stat()
+			require.NoError(t, err)
+		})
+	}
+}
