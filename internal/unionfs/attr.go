@@ -22,7 +22,7 @@ func (fs *FS) getAttr(n *Node, st *unix.Stat_t) error {
 		r.release()
 	}
 	fs.tabMu.Lock()
-	dead, last, k, pl, hidden, left := n.dead, n.last, n.key, n.plink, n.hidden, n.left
+	dead, last, k, pl, hidden, left := n.dead, n.last, n.key, n.plink, fs.hid[n.key], n.left
 	is := n.insts
 	fs.tabMu.Unlock()
 	if n.IsDir() {
@@ -76,8 +76,8 @@ func (fs *FS) getAttr(n *Node, st *unix.Stat_t) error {
 		fs.tabMu.Lock()
 		st.Nlink = nlinkT(uint64(pl.nlink))
 		fs.tabMu.Unlock()
-	} else if hidden > 0 && uint64(st.Nlink) > uint64(hidden) {
-		st.Nlink -= nlinkT(uint64(hidden))
+	} else if hidden > 0 {
+		st.Nlink = nlinkT(visible(uint64(st.Nlink), uint64(hidden)))
 	}
 	return nil
 }

@@ -174,6 +174,8 @@ func (b *Branch) claim() error {
 
 func (b *Branch) release() {
 	if b.lock != nil {
+		// Not by closing it alone: it may have been handed over.
+		_ = unix.Flock(int(b.lock.Fd()), unix.LOCK_UN)
 		b.lock.Close()
 		b.lock = nil
 	}

@@ -579,6 +579,9 @@ func (fs *FS) placeCopy(n *Node, l link, w *Branch, pfd int, c *dup, st *unix.St
 	}
 	fs.tabMu.Unlock()
 	l.dir.touched()
+	if fs.copiedUp != nil {
+		fs.copiedUp(n, k.dev, k.ino)
+	}
 	return false, nil
 }
 
@@ -605,6 +608,10 @@ func (fs *FS) copyUpOrphan(n *Node, w *Branch, src *ref, st *unix.Stat_t, limit 
 	n.br, n.key, n.orphan = w, keyOf(&c.st), f
 	n.files = append(n.files, f)
 	fs.inos[n.key] = n.ino
+	k := n.key
 	fs.tabMu.Unlock()
+	if fs.copiedUp != nil {
+		fs.copiedUp(n, k.dev, k.ino)
+	}
 	return nil
 }

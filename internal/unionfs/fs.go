@@ -5,7 +5,6 @@ package unionfs
 import (
 	"errors"
 	"fmt"
-	"hash/maphash"
 	"log/slog"
 	"os"
 	"strconv"
@@ -31,6 +30,10 @@ type Config struct {
 	Watch      Watcher      // nil: nobody wants to know of direct changes
 	Logger     *slog.Logger // nil: none
 	SkipRepair bool         // trust the writable branches, even after a crash
+	Resume     *Resume      // nil: no union before this one
+	// CopiedUp is told that a non-directory that may be known elsewhere now
+	// is another branch inode. It must not call the engine.
+	CopiedUp func(n *Node, dev, ino uint64)
 }
 
 // A Watcher is told which branch directories were looked at, before they are.
@@ -60,6 +63,8 @@ type FS struct {
 	log         *slog.Logger
 	maxFDs      int
 	canSetCreds bool
+	resume      *Resume
+	copiedUp    func(n *Node, dev, ino uint64)
 	uid, gid    uint32
 
 	stackMu sync.RWMutex // every operation holds it shared
@@ -82,7 +87,6 @@ type FS struct {
 	ring   []*inst
 	dirFDs atomic.Int64
 
-	seed maphash.Seed
 	bufs sync.Pool
 
 	stats Counters
@@ -103,7 +107,7 @@ func Open(cfg *Config) (*FS, []Repaired, error) {
 		format: cfg.Format, noPlink: cfg.NoPlink, sum: cfg.SumFree, watch: cfg.Watch, log: cfg.Logger,
 		maxFDs: cfg.MaxDirFD,
 		byKey:  map[key]*Node{}, inos: map[key]uint64{}, devs: map[uint64]uint64{}, extra: map[key]uint64{},
-		plinks: map[key]*plink{}, plinkUp: map[key]*plink{}, seed: maphash.MakeSeed(),
+		plinks: map[key]*plink{}, plinkUp: map[key]*plink{}, resume: cfg.Resume, copiedUp: cfg.CopiedUp,
 		uid: uint32(os.Geteuid()), gid: uint32(os.Getegid()),
 	}
 	fs.bufs.New = func() any { b := make([]byte, 32<<10); return &b }

@@ -3,7 +3,6 @@
 package unionfs
 
 import (
-	"hash/maphash"
 	"slices"
 
 	"golang.org/x/sys/unix"
@@ -225,6 +224,14 @@ func (fs *FS) Lookup(dir *Node, name string, st *unix.Stat_t) (*Node, error) {
 	if err := fs.checkName(name); err != nil {
 		return nil, err
 	}
+	n, err := fs.lookupName(dir, name, st)
+	if err != nil {
+		return nil, err
+	}
+	return n, fs.linked(n, st)
+}
+
+func (fs *FS) lookupName(dir *Node, name string, st *unix.Stat_t) (*Node, error) {
 	fs.stackMu.RLock()
 	defer fs.stackMu.RUnlock()
 	fs.stats.Lookups.Add(1)
@@ -320,7 +327,7 @@ func (fs *FS) attach(dir *Node, name string, f *found, st *unix.Stat_t) (*Node, 
 		n.addLink(dir, name)
 	}
 	n.refs.Add(1)
-	pl, hidden := n.plink, n.hidden
+	pl, hidden := n.plink, fs.hid[k]
 	fs.tabMu.Unlock()
 	*st = f.st
 	if pl != nil {
@@ -329,8 +336,8 @@ func (fs *FS) attach(dir *Node, name string, f *found, st *unix.Stat_t) (*Node, 
 			return nil, errno(err)
 		}
 		st.Nlink = nlinkT(uint64(pl.nlink))
-	} else if hidden > 0 && uint64(st.Nlink) > uint64(hidden) {
-		st.Nlink -= nlinkT(uint64(hidden))
+	} else if hidden > 0 {
+		st.Nlink = nlinkT(visible(uint64(st.Nlink), uint64(hidden)))
 	}
 	st.Ino = n.ino
 	return n, nil
@@ -459,8 +466,6 @@ func (fs *FS) listLocked(dir *Node) (*listing, error) {
 	if len(is) > 1 {
 		seen = map[string]int{}
 	}
-	var scratch [8]dirent
-	maxName := fs.format.MaxName()
 	for _, i := range is {
 		fd, ok, err := fs.look(dir, i)
 		if err != nil {
@@ -469,10 +474,8 @@ func (fs *FS) listLocked(dir *Node) (*listing, error) {
 		if !ok {
 			continue
 		}
-		wh := i.br.perm.Whiteouts()
 		white = white[:0]
-		unsure := scratch[:0]
-		add := func(e dirent) {
+		err = fs.listBranch(i.br, fd, *bp, func(e dirent) {
 			if seen != nil {
 				if k, ok := seen[e.name]; ok {
 					if k >= 0 {
@@ -483,39 +486,7 @@ func (fs *FS) listLocked(dir *Node) (*listing, error) {
 				seen[e.name] = len(l.ents)
 			}
 			l.ents = append(l.ents, DirEntry{Name: e.name, Ino: e.ino, Type: e.typ, top: i})
-		}
-		files := wh && fs.format.XattrWhiteouts(fd)
-		err = listDir(fd, *bp, func(e dirent) error {
-			kind, target := fs.format.Listed(e.name, e.typ, wh)
-			if files && kind == Entry && e.typ == unix.DT_REG {
-				kind = Unsure
-			}
-			switch kind {
-			case Entry:
-				if len(e.name) <= maxName {
-					add(e)
-				}
-			case Whiteout:
-				white = append(white, target)
-			case Unsure:
-				unsure = append(unsure, e)
-			}
-			return nil
-		})
-		for _, e := range unsure {
-			if err != nil {
-				break
-			}
-			var st unix.Stat_t
-			var kind Kind
-			kind, err = fs.format.Probe(fd, e.name, wh, &st)
-			switch kind {
-			case Entry:
-				add(e)
-			case Whiteout:
-				white = append(white, e.name)
-			}
-		}
+		}, func(w string) { white = append(white, w) })
 		i.unpin()
 		if err == unix.ENOENT || err == unix.ESTALE {
 			err = nil // removed directly while we looked
@@ -533,7 +504,7 @@ func (fs *FS) listLocked(dir *Node) (*listing, error) {
 	}
 	for k := range l.ents {
 		e := &l.ents[k]
-		e.Off = maphash.String(fs.seed, e.Name)>>2 + firstOff
+		e.Off = nameOff(e.Name)
 		e.Ino = fs.listIno(key{e.top.key.dev, e.Ino})
 	}
 	slices.SortFunc(l.ents, func(a, b DirEntry) int {
@@ -553,6 +524,48 @@ func (fs *FS) listLocked(dir *Node) (*listing, error) {
 	return l, nil
 }
 
+// listBranch reads a directory on one branch: its entries, and the names that
+// it hides.
+func (fs *FS) listBranch(br *Branch, fd int, buf []byte, entry func(dirent), white func(name string)) error {
+	wh := br.perm.Whiteouts()
+	maxName := fs.format.MaxName()
+	files := wh && fs.format.XattrWhiteouts(fd)
+	var scratch [8]dirent
+	unsure := scratch[:0]
+	err := listDir(fd, buf, func(e dirent) error {
+		kind, target := fs.format.Listed(e.name, e.typ, wh)
+		if files && kind == Entry && e.typ == unix.DT_REG {
+			kind = Unsure
+		}
+		switch kind {
+		case Entry:
+			if len(e.name) <= maxName {
+				entry(e)
+			}
+		case Whiteout:
+			white(target)
+		case Unsure:
+			unsure = append(unsure, e)
+		}
+		return nil
+	})
+	for _, e := range unsure {
+		if err != nil {
+			break
+		}
+		var st unix.Stat_t
+		var kind Kind
+		kind, err = fs.format.Probe(fd, e.name, wh, &st)
+		switch kind {
+		case Entry:
+			entry(e)
+		case Whiteout:
+			white(e.name)
+		}
+	}
+	return err
+}
+
 // listIno is the number a listed inode has in the union.
 func (fs *FS) listIno(k key) uint64 {
 	fs.tabMu.Lock()
@@ -564,9 +577,27 @@ func (fs *FS) listIno(k key) uint64 {
 	return fs.unionIno(k)
 }
 
+// nameOff is a hash of a name (FNV-1a), and no random one: a listing that one
+// process began may be ended by another.
+func nameOff(name string) uint64 {
+	h := uint64(14695981039346656037)
+	for i := 0; i < len(name); i++ {
+		h = (h ^ uint64(name[i])) * 1099511628211
+	}
+	return h>>2 + firstOff
+}
+
 // LookupEntry is Lookup for an entry that ReadDir returned, cheaper if nothing
 // changed since.
 func (fs *FS) LookupEntry(dir *Node, e *DirEntry, st *unix.Stat_t) (*Node, error) {
+	n, err := fs.lookupEntry(dir, e, st)
+	if err != nil {
+		return nil, err
+	}
+	return n, fs.linked(n, st)
+}
+
+func (fs *FS) lookupEntry(dir *Node, e *DirEntry, st *unix.Stat_t) (*Node, error) {
 	fs.stackMu.RLock()
 	defer fs.stackMu.RUnlock()
 	dir.mu.RLock()

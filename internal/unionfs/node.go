@@ -68,7 +68,6 @@ type Node struct {
 	br      *Branch // where a non-directory lies
 	key     key
 	plink   *plink
-	hidden  uint32      // names of a lower hard link that were whited out
 	orphan  *File       // content of a lower file that lost its names while open
 	files   []*File     // open ones
 	dead    bool        // no known name any more

@@ -15,7 +15,7 @@ func (fs *FS) join(b *Branch, skipRepair bool) (done []Repaired, err error) {
 	if b.perm != RW {
 		return nil, nil
 	}
-	if err := b.claim(); err != nil {
+	if err := fs.claim(b); err != nil {
 		return nil, err
 	}
 	fail := func(op string, err error) ([]Repaired, error) {
@@ -41,8 +41,10 @@ func (fs *FS) join(b *Branch, skipRepair bool) (done []Repaired, err error) {
 			return fail("repair", err)
 		}
 	}
-	if err := fs.emptyOrphans(b, &done); err != nil {
-		return fail("repair", err)
+	if fs.resume == nil {
+		if err := fs.emptyOrphans(b, &done); err != nil {
+			return fail("repair", err)
+		}
 	}
 	if err := mkfile(b.root, whMounted, 0o444); err != nil {
 		return fail("openat", err)

@@ -1,0 +1,195 @@
+//go:build linux
+
+package unionfs
+
+import (
+	"golang.org/x/sys/unix"
+)
+
+// A hard-linked file of a lower branch counts names there that the union does
+// not show, because a whiteout, an opaque directory or an entry above hides
+// them. FS.hid says how many of a file's names are hidden. They are counted
+// when the first hard-linked lower file is looked up, by reading those
+// directories that lie on several branches, and kept up to date by the calls
+// that hide a name. Nothing but a change of the branches shows one again.
+
+// hidden is how many names of k the union hides.
+func (fs *FS) hidden(k key) uint64 {
+	fs.tabMu.Lock()
+	defer fs.tabMu.Unlock()
+	return uint64(fs.hid[k])
+}
+
+// hide notes that a name of the lower file k was hidden. The caller holds
+// hideMu shared since before it was.
+func (fs *FS) hide(k key) {
+	fs.tabMu.Lock()
+	fs.hid[k]++
+	fs.tabMu.Unlock()
+}
+
+// visible is how many of nlink names the union shows; one at least, since
+// whoever asks found one. Direct changes of branches are not counted.
+func visible(nlink, hidden uint64) uint64 {
+	if hidden >= nlink {
+		return min(nlink, 1)
+	}
+	return nlink - hidden
+}
+
+// linked finishes a lookup: a file with several names on a branch that
+// others lie above must have its hidden names counted.
+func (fs *FS) linked(n *Node, st *unix.Stat_t) error {
+	if st.Nlink < 2 || n.IsDir() || fs.counted.Load() {
+		return nil
+	}
+	fs.countHidden()
+	return fs.GetAttr(n, st)
+}
+
+func (fs *FS) countHidden() {
+	fs.stackMu.RLock()
+	defer fs.stackMu.RUnlock()
+	fs.hideMu.Lock()
+	defer fs.hideMu.Unlock()
+	if fs.counted.Load() {
+		return
+	}
+	bp := fs.bufs.Get().(*[]byte)
+	defer fs.bufs.Put(bp)
+	c := counter{fs: fs, buf: *bp, n: map[key]uint32{}}
+	ps := make([]place, len(fs.stack))
+	for i, b := range fs.stack {
+		ps[i] = place{b, b.root}
+	}
+	if err := c.merged(ps); err != nil {
+		// The numbers are too high by what could not be read.
+		fs.log.Warn("count hidden links", "err", err)
+	}
+	fs.tabMu.Lock()
+	fs.hid = c.n
+	fs.tabMu.Unlock()
+	fs.counted.Store(true)
+}
+
+// A counter adds up hidden names.
+type counter struct {
+	fs  *FS
+	buf []byte
+	n   map[key]uint32
+}
+
+type place struct {
+	br *Branch
+	fd int
+}
+
+// merged counts in a directory that lies at several places, top first.
+func (c *counter) merged(ps []place) error {
+	if len(ps) < 2 {
+		return nil
+	}
+	seen := map[string]bool{} // what a name is above: true, a directory to merge with
+	dirs := map[string][]int{}
+	for k, p := range ps {
+		var names []dirent
+		var white []string
+		err := c.fs.listBranch(p.br, p.fd, c.buf,
+			func(e dirent) { names = append(names, e) }, func(w string) { white = append(white, w) })
+		if err != nil {
+			return err
+		}
+		for _, e := range names {
+			dir, above := seen[e.name]
+			isDir := e.typ == unix.DT_DIR
+			switch {
+			case !above:
+				seen[e.name] = isDir
+			case !dir || !isDir:
+				if err := c.hidden(p.fd, e); err != nil {
+					return err
+				}
+			}
+			if isDir && (!above || dir) {
+				dirs[e.name] = append(dirs[e.name], k)
+			}
+		}
+		for _, w := range white {
+			if _, above := seen[w]; !above {
+				seen[w] = false
+			}
+		}
+		if p.br.perm.Whiteouts() && k < len(ps)-1 {
+			opaque, err := c.fs.format.Opaque(p.fd)
+			if err != nil {
+				return err
+			}
+			if opaque {
+				for _, q := range ps[k+1:] {
+					if err := c.whole(q.fd); err != nil {
+						return err
+					}
+				}
+				break
+			}
+		}
+	}
+	for name, at := range dirs {
+		if len(at) < 2 {
+			continue
+		}
+		sub := make([]place, 0, len(at))
+		var err error
+		for _, k := range at {
+			var fd int
+			if fd, err = openDirAt(ps[k].fd, name); err != nil {
+				break
+			}
+			sub = append(sub, place{ps[k].br, fd})
+		}
+		if err == nil {
+			err = c.merged(sub)
+		}
+		for _, s := range sub {
+			unix.Close(s.fd)
+		}
+		if err != nil && err != unix.ENOENT && err != unix.ENOTDIR {
+			return err
+		}
+	}
+	return nil
+}
+
+// hidden counts an entry and what lies below it.
+func (c *counter) hidden(fd int, e dirent) error {
+	var st unix.Stat_t
+	if e.typ == unix.DT_DIR {
+		d, err := openDirAt(fd, e.name)
+		if err != nil {
+			return err
+		}
+		defer unix.Close(d)
+		return c.whole(d)
+	}
+	if err := fstatat(fd, e.name, &st); err != nil && err != unix.ENOENT {
+		return err
+	} else if err == nil && st.Nlink > 1 {
+		c.n[keyOf(&st)]++
+	}
+	return nil
+}
+
+// whole counts everything in a directory.
+func (c *counter) whole(fd int) error {
+	var names []dirent
+	err := listDir(fd, c.buf, func(e dirent) error {
+		names = append(names, e)
+		return nil
+	})
+	for _, e := range names {
+		if err == nil {
+			err = c.hidden(fd, e)
+		}
+	}
+	return err
+}

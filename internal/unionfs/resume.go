@@ -1,0 +1,113 @@
+//go:build linux
+
+package unionfs
+
+import (
+	"os"
+	"slices"
+
+	"golang.org/x/sys/unix"
+)
+
+// Resume says that another process had the union and was killed, so that its
+// clients wait for it to go on. What it left half done is mended as after any
+// crash, but files that are open without a name stay.
+type Resume struct {
+	// Locks are those of the writable branches, by path, held since the other
+	// process took them. Open takes the files over if it succeeds.
+	Locks map[string]*os.File
+}
+
+// claim takes the lock of a writable branch, or the one that is held already.
+func (fs *FS) claim(b *Branch) error {
+	if fs.resume != nil {
+		if f := fs.resume.Locks[b.path]; f != nil {
+			b.lock = f
+			return nil
+		}
+	}
+	return b.claim()
+}
+
+// Locks returns the locks of the writable branches by path. They are valid
+// until Close or a change of the branches.
+func (fs *FS) Locks() map[string]*os.File {
+	fs.stackMu.RLock()
+	defer fs.stackMu.RUnlock()
+	locks := map[string]*os.File{}
+	for _, b := range fs.stack {
+		if b.lock != nil {
+			locks[b.path] = b.lock
+		}
+	}
+	return locks
+}
+
+// Place returns a name of n in a directory that accept takes; ok is false if
+// there is none.
+func (n *Node) Place(accept func(dir *Node) bool) (dir *Node, name string, ok bool) {
+	n.Names(func(d *Node, s string) {
+		if !ok && accept(d) {
+			dir, name, ok = d, s, true
+		}
+	})
+	return dir, name, ok
+}
+
+// KeepIno gives n, which nobody else uses yet, the inode number it had.
+func (fs *FS) KeepIno(n *Node, ino uint64) {
+	fs.tabMu.Lock()
+	defer fs.tabMu.Unlock()
+	if n.ino == ino {
+		return
+	}
+	k := n.key
+	if n.IsDir() {
+		if len(n.insts) == 0 {
+			return
+		}
+		k = n.insts[0].key
+	}
+	n.ino = ino
+	fs.inos[k] = ino
+}
+
+// Adopt makes a node, with one reference, of a regular file that has lost all
+// its names but is open as fd, an O_PATH descriptor it takes over.
+func (fs *FS) Adopt(fd int, ino uint64) (*Node, error) {
+	fs.stackMu.RLock()
+	defer fs.stackMu.RUnlock()
+	n := fs.newNode(unix.S_IFREG)
+	if err := unix.Fstat(fd, &n.last); err != nil {
+		return nil, err
+	}
+	if n.last.Mode&unix.S_IFMT != unix.S_IFREG {
+		return nil, unix.EINVAL
+	}
+	n.ino, n.dead, n.key = ino, true, keyOf(&n.last)
+	n.br = fs.ownerOf(n.key.dev, fd)
+	f := &File{fs: fs, node: n, fd: fd, br: n.br}
+	f.refs.Store(1)
+	n.br.files.Add(1)
+	n.orphan, n.files = f, []*File{f}
+	n.refs.Store(1)
+	return n, nil
+}
+
+// ownerOf finds the branch a file without a name is on: one of its file
+// system, whose mount is read-only just as the file's is.
+func (fs *FS) ownerOf(dev uint64, fd int) *Branch {
+	readOnly := false
+	var sf unix.Statfs_t
+	if unix.Fstatfs(fd, &sf) == nil {
+		readOnly = sf.Flags&unix.ST_RDONLY != 0
+	}
+	fits := func(b *Branch) bool { return b.dev == dev && (b.perm != RW) == readOnly }
+	if i := slices.IndexFunc(fs.stack, fits); i >= 0 {
+		return fs.stack[i]
+	}
+	if i := slices.IndexFunc(fs.stack, func(b *Branch) bool { return b.dev == dev }); i >= 0 {
+		return fs.stack[i]
+	}
+	return fs.stack[0]
+}
