@@ -21,13 +21,18 @@ type inode struct {
 	back *backing // registered file, if any
 	used bool     // since the last eviction
 	ring bool     // in Server.backed; guarded by Server.mu
+
+	handles int  // open files; guarded by Server.mu
+	kept    bool // given to Config.Keep; guarded by Server.mu
 }
 
 // A backing is a file registered with the connection.
 type backing struct {
 	id   int32
-	file *unionfs.File
+	file *unionfs.File // nil: one that is not current, of an earlier process
 }
+
+func (b *backing) current() bool { return b.file != nil && b.file.Current() }
 
 // A handle is an open file.
 type handle struct {
@@ -40,9 +45,9 @@ type handle struct {
 	flags int
 }
 
-// enter makes the node id for a node that the engine just returned, whose
-// reference it takes over.
-func (s *Server) enter(n *unionfs.Node) *inode {
+// enter makes the node id for a node that the engine just returned under a name,
+// and whose reference it takes over.
+func (s *Server) enter(n *unionfs.Node, dir uint64, name string) *inode {
 	s.mu.Lock()
 	i := s.byNode[n]
 	extra := i != nil
@@ -50,8 +55,12 @@ func (s *Server) enter(n *unionfs.Node) *inode {
 		s.nextID++
 		i = &inode{id: s.nextID, n: n}
 		s.ids[i.id], s.byNode[n] = i, i
+		i.nlookup++
+		s.save(i, dir, name)
+	} else {
+		i.nlookup++
+		s.state.count(kindInode, i.id, i.nlookup)
 	}
-	i.nlookup++
 	s.mu.Unlock()
 	if extra {
 		s.fs.Forget(n, 1)
@@ -86,6 +95,7 @@ func (s *Server) Forget(id, nlookup uint64) {
 	}
 	i.nlookup -= min(nlookup, i.nlookup)
 	if i.nlookup > 0 {
+		s.state.count(kindInode, id, i.nlookup)
 		s.mu.Unlock()
 		return
 	}
@@ -93,6 +103,7 @@ func (s *Server) Forget(id, nlookup uint64) {
 	if s.byNode[i.n] == i {
 		delete(s.byNode, i.n)
 	}
+	s.unsave(i)
 	s.mu.Unlock()
 	i.dropBacking(s)
 	s.fs.Forget(i.n, 1)
@@ -103,6 +114,9 @@ func (s *Server) detach(i *inode) {
 	s.mu.Lock()
 	if s.byNode[i.n] == i {
 		delete(s.byNode, i.n)
+		if s.state != nil {
+			s.old[i.n] = append(s.old[i.n], i)
+		}
 	}
 	s.mu.Unlock()
 }
@@ -124,7 +138,10 @@ func (s *Server) closeBacking(b *backing) {
 	if err := sys.FuseBackingClose(s.fd, b.id); err != nil {
 		s.log.Debug("close backing", "err", err)
 	}
-	b.file.Close()
+	s.state.del(kindBacking, uint64(b.id))
+	if b.file != nil {
+		b.file.Close()
+	}
 }
 
 // pass gives i a backing for its node's present file and counts an open. ok is
@@ -137,7 +154,7 @@ func (s *Server) pass(i *inode) (id int32, ok bool, st fuse.Status) {
 	i.mu.Lock()
 	defer i.mu.Unlock()
 	if b := i.back; b != nil {
-		if b.file.Current() {
+		if b.current() {
 			i.open++
 			i.used = true
 			return b.id, true, fuse.OK
@@ -170,6 +187,7 @@ func (s *Server) pass(i *inode) (id int32, ok bool, st fuse.Status) {
 		return 0, false, fuse.OK
 	}
 	i.back = &backing{id: bid, file: f}
+	s.saveBacking(i)
 	i.open++
 	i.used = true
 	s.backings(i)
@@ -246,6 +264,8 @@ func (s *Server) newHandle(h *handle) uint64 {
 	defer s.mu.Unlock()
 	s.nextFH++
 	s.handles[s.nextFH] = h
+	h.i.handles++
+	s.saveHandle(s.nextFH, h)
 	return s.nextFH
 }
 

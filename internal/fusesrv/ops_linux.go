@@ -68,8 +68,8 @@ func (s *Server) negativeTime() time.Duration {
 }
 
 // entry answers with a node, whose engine reference it takes over.
-func (s *Server) entry(n *unionfs.Node, st *unix.Stat_t, out *fuse.EntryOut) *inode {
-	i := s.enter(n)
+func (s *Server) entry(n *unionfs.Node, dir uint64, name string, st *unix.Stat_t, out *fuse.EntryOut) *inode {
+	i := s.enter(n, dir, name)
 	out.NodeId, out.Generation = i.id, 1
 	fill(&out.Attr, st)
 	e, a := s.timeouts(n, st)
@@ -96,7 +96,7 @@ func (s *Server) Lookup(_ <-chan struct{}, h *fuse.InHeader, name string, out *f
 	if err != nil {
 		return status(err)
 	}
-	s.entry(n, &st, out)
+	s.entry(n, h.NodeId, name, &st, out)
 	return fuse.OK
 }
 
@@ -158,11 +158,20 @@ func (s *Server) SetAttr(_ <-chan struct{}, in *fuse.SetAttrIn, out *fuse.AttrOu
 	return fuse.OK
 }
 
-func (s *Server) made(n *unionfs.Node, err error, st *unix.Stat_t, out *fuse.EntryOut) fuse.Status {
+// made answers with what was made. A request that comes again, since the server
+// that had it was killed, may find that it was done.
+func (s *Server) made(h *fuse.InHeader, dir *unionfs.Node, name string, n *unionfs.Node, err error, typ uint32, st *unix.Stat_t, out *fuse.EntryOut) fuse.Status {
+	if err == unix.EEXIST && resent(h) {
+		n, err = s.fs.Lookup(dir, name, st)
+		if err == nil && n.Type() != typ {
+			s.fs.Forget(n, 1)
+			err = unix.EEXIST
+		}
+	}
 	if err != nil {
 		return status(err)
 	}
-	s.entry(n, st, out)
+	s.entry(n, h.NodeId, name, st, out)
 	return fuse.OK
 }
 
@@ -174,7 +183,7 @@ func (s *Server) Mknod(_ <-chan struct{}, in *fuse.MknodIn, name string, out *fu
 	}
 	var st unix.Stat_t
 	n, err := s.fs.Mknod(dir, name, in.Mode, in.Rdev, cred(&in.InHeader, in.Umask), &st)
-	return s.made(n, err, &st, out)
+	return s.made(&in.InHeader, dir, name, n, err, in.Mode&unix.S_IFMT, &st, out)
 }
 
 // Mkdir makes a directory.
@@ -185,7 +194,7 @@ func (s *Server) Mkdir(_ <-chan struct{}, in *fuse.MkdirIn, name string, out *fu
 	}
 	var st unix.Stat_t
 	n, err := s.fs.Mkdir(dir, name, in.Mode, cred(&in.InHeader, in.Umask), &st)
-	return s.made(n, err, &st, out)
+	return s.made(&in.InHeader, dir, name, n, err, unix.S_IFDIR, &st, out)
 }
 
 // Symlink makes a symbolic link.
@@ -196,7 +205,7 @@ func (s *Server) Symlink(_ <-chan struct{}, h *fuse.InHeader, target, name strin
 	}
 	var st unix.Stat_t
 	n, err := s.fs.Symlink(dir, name, target, cred(h, 0), &st)
-	return s.made(n, err, &st, out)
+	return s.made(h, dir, name, n, err, unix.S_IFLNK, &st, out)
 }
 
 // Unlink removes a name.
@@ -205,7 +214,10 @@ func (s *Server) Unlink(_ <-chan struct{}, h *fuse.InHeader, name string) fuse.S
 	if !code.Ok() {
 		return code
 	}
-	return status(s.fs.Unlink(dir, name))
+	done := s.losing(dir, name)
+	err := s.fs.Unlink(dir, name)
+	done()
+	return status(again(h, err, unix.ENOENT))
 }
 
 // Rmdir removes an empty directory.
@@ -214,7 +226,7 @@ func (s *Server) Rmdir(_ <-chan struct{}, h *fuse.InHeader, name string) fuse.St
 	if !code.Ok() {
 		return code
 	}
-	return status(s.fs.Rmdir(dir, name))
+	return status(again(h, s.fs.Rmdir(dir, name), unix.ENOENT))
 }
 
 // Rename renames.
@@ -227,7 +239,7 @@ func (s *Server) Rename(_ <-chan struct{}, in *fuse.RenameIn, name, newName stri
 	if !code.Ok() {
 		return code
 	}
-	return status(s.fs.Rename(from, name, to, newName, in.Flags))
+	return status(s.rename(in, from, name, to, newName))
 }
 
 // Link makes another name.
@@ -241,12 +253,23 @@ func (s *Server) Link(_ <-chan struct{}, in *fuse.LinkIn, name string, out *fuse
 		return code
 	}
 	var st unix.Stat_t
-	if err := s.fs.Link(i.n, dir, name, &st); err != nil {
+	err := s.fs.Link(i.n, dir, name, &st)
+	if err == unix.EEXIST && resent(&in.InHeader) {
+		var n *unionfs.Node
+		if n, err = s.fs.Lookup(dir, name, &st); err == nil {
+			s.fs.Forget(n, 1)
+			if n != i.n {
+				err = unix.EEXIST
+			}
+		}
+	}
+	if err != nil {
 		return status(err)
 	}
 	// The kernel wants the id it asked with.
 	s.mu.Lock()
 	i.nlookup++
+	s.saveAgain(i)
 	s.mu.Unlock()
 	out.NodeId, out.Generation = i.id, 1
 	fill(&out.Attr, &st)
@@ -292,7 +315,11 @@ func (s *Server) SetXAttr(_ <-chan struct{}, in *fuse.SetXAttrIn, name string, d
 	if !code.Ok() {
 		return code
 	}
-	err := s.fs.Setxattr(n, name, data, int(in.Flags))
+	flags := int(in.Flags)
+	if resent(&in.InHeader) {
+		flags = 0 // it may be there, or as it shall be, already
+	}
+	err := s.fs.Setxattr(n, name, data, flags)
 	if err == nil && in.SetXAttrFlags&fuse.SETXATTR_ACL_KILL_SGID != 0 {
 		var st unix.Stat_t
 		if err = s.fs.GetAttr(n, &st); err == nil && st.Mode&unix.S_ISGID != 0 {
@@ -309,7 +336,7 @@ func (s *Server) RemoveXAttr(_ <-chan struct{}, h *fuse.InHeader, name string) f
 	if !code.Ok() {
 		return code
 	}
-	return status(s.fs.Removexattr(n, name))
+	return status(again(h, s.fs.Removexattr(n, name), unix.ENODATA))
 }
 
 // StatFs tells about the file system.
@@ -407,10 +434,17 @@ func (s *Server) Create(_ <-chan struct{}, in *fuse.CreateIn, name string, out *
 	}
 	var st unix.Stat_t
 	n, f, err := s.fs.Create(dir, name, int(in.Flags), in.Mode, cred(&in.InHeader, in.Umask), &st)
+	if err == unix.EEXIST && resent(&in.InHeader) {
+		if n, err = s.fs.Lookup(dir, name, &st); err == nil {
+			if f, err = s.fs.OpenFile(n, int(in.Flags)&^(unix.O_CREAT|unix.O_EXCL), false); err != nil {
+				s.fs.Forget(n, 1)
+			}
+		}
+	}
 	if err != nil {
 		return status(err)
 	}
-	return s.created(n, f, &st, in, out)
+	return s.created(n, f, name, &st, in, out)
 }
 
 // Tmpfile makes a file without a name.
@@ -424,11 +458,14 @@ func (s *Server) Tmpfile(_ <-chan struct{}, in *fuse.CreateIn, out *fuse.CreateO
 	if err != nil {
 		return status(err)
 	}
-	return s.created(n, f, &st, in, out)
+	return s.created(n, f, "", &st, in, out)
 }
 
-func (s *Server) created(n *unionfs.Node, f *unionfs.File, st *unix.Stat_t, in *fuse.CreateIn, out *fuse.CreateOut) fuse.Status {
-	i := s.entry(n, st, &out.EntryOut)
+func (s *Server) created(n *unionfs.Node, f *unionfs.File, name string, st *unix.Stat_t, in *fuse.CreateIn, out *fuse.CreateOut) fuse.Status {
+	i := s.entry(n, in.NodeId, name, st, &out.EntryOut)
+	if name == "" {
+		s.keep(i, f.FD())
+	}
 	h := &handle{i: i, file: f, flags: int(in.Flags) &^ (unix.O_CREAT | unix.O_EXCL | unix.O_TRUNC | unix.O_NOCTTY)}
 	direct := st.Mode&(unix.S_ISUID|unix.S_ISGID) != 0
 	if code := s.opened(h, direct, &out.OpenOut); !code.Ok() {
@@ -443,7 +480,11 @@ func (s *Server) created(n *unionfs.Node, f *unionfs.File, st *unix.Stat_t, in *
 func (s *Server) Release(_ <-chan struct{}, in *fuse.ReleaseIn) {
 	s.mu.Lock()
 	h := s.handles[in.Fh]
-	delete(s.handles, in.Fh)
+	if h != nil {
+		delete(s.handles, in.Fh)
+		h.i.handles--
+		s.state.del(kindHandle, in.Fh)
+	}
 	s.mu.Unlock()
 	if h != nil {
 		h.close()
@@ -665,7 +706,7 @@ func (s *Server) readDir(in *fuse.ReadIn, out *fuse.DirEntryList, plus bool) fus
 			continue // listed without attributes; a lookup will tell
 		}
 		out.FixMode(st.Mode)
-		s.entry(n, &st, eo)
+		s.entry(n, in.NodeId, e.Name, &st, eo)
 	}
 	return fuse.OK
 }

@@ -47,6 +47,13 @@ type Config struct {
 	NoExec        bool
 	Source        string // first field in mountinfo; "" = "union"
 	Logger        *slog.Logger
+
+	// State, if not nil, is kept so that another process can Resume.
+	State *State
+	// Keep gives an open file that has lost its names to whoever keeps the
+	// state, by node id; Unkeep takes it back. Both are nil without State.
+	Keep   func(id uint64, fd int) error
+	Unkeep func(id uint64)
 }
 
 // Stats describe a mount.
@@ -72,7 +79,6 @@ type Server struct {
 	raw interface {
 		Read(func(uintptr) bool) error
 	}
-	conn  uint32 // minor device number: the connection's name in fusectl
 	minor uint32 // of the protocol
 	flags uint64 // negotiated
 
@@ -90,6 +96,10 @@ type Server struct {
 	nextFH  uint64
 	backed  []*inode // ring of inodes with a backing, for eviction
 	nBacked int
+	old     map[*unionfs.Node][]*inode // ids that gave way to another; with a state
+
+	state     *State
+	backOrder atomic.Uint64
 
 	noPass atomic.Bool
 
@@ -121,6 +131,7 @@ func newServer(cfg Config) *Server {
 		cfg:           cfg, fs: cfg.FS, log: cfg.Logger,
 		ids: map[uint64]*inode{}, byNode: map[*unionfs.Node]*inode{}, handles: map[uint64]*handle{},
 		nextID: fuse.FUSE_ROOT_ID, done: make(chan struct{}),
+		state: cfg.State, old: map[*unionfs.Node][]*inode{},
 	}
 	if s.log == nil {
 		s.log = slog.New(slog.DiscardHandler)
@@ -129,10 +140,7 @@ func newServer(cfg Config) *Server {
 	root := &inode{id: fuse.FUSE_ROOT_ID, n: s.fs.Root(), nlookup: 1}
 	s.ids[root.id], s.byNode[root.n] = root, root
 
-	s.maxWrite = 1 << 20
-	if !cfg.NoPassthrough {
-		s.maxWrite = 128 << 10
-	}
+	s.maxWrite = cfg.maxWrite()
 	opts := &fuse.MountOptions{
 		MaxWrite:      s.maxWrite,
 		DisableXAttrs: cfg.NoXattr,
@@ -166,15 +174,38 @@ func Mount(cfg Config) (*Server, error) {
 	if err := s.attach(); err != nil {
 		return nil, err
 	}
-	s.want = int32(min(max(runtime.NumCPU()/2, 1), 8))
-	if cfg.Watch != nil {
-		cfg.Watch.start(s)
-	}
 	// INIT comes first and alone; whoever uses the mount waits for it.
 	if err := s.handshake(); err != nil {
 		unix.Unmount(cfg.Target, unix.MNT_DETACH)
 		s.f.Close()
 		return nil, err
+	}
+	s.start()
+	s.refusePoll()
+	return s, nil
+}
+
+// Serve serves a mount that MountDevice made, maybe in another process, of the
+// device fd, which it takes over. The process must have no other use for the
+// mount.
+func Serve(cfg Config, fd int) (*Server, error) {
+	s := newServer(cfg)
+	if err := s.connect(fd); err != nil {
+		return nil, err
+	}
+	if err := s.handshake(); err != nil {
+		s.f.Close()
+		return nil, err
+	}
+	s.start()
+	return s, nil
+}
+
+// start begins to serve.
+func (s *Server) start() {
+	s.want = int32(min(max(runtime.NumCPU()/2, 1), 8))
+	if s.cfg.Watch != nil {
+		s.cfg.Watch.start(s)
 	}
 	for range s.want {
 		s.addReader()
@@ -183,8 +214,14 @@ func Mount(cfg Config) (*Server, error) {
 		s.wg.Wait()
 		s.finish()
 	}()
-	s.refusePoll()
-	return s, nil
+}
+
+// maxWrite is how much data a request may carry.
+func (c *Config) maxWrite() int {
+	if c.NoPassthrough {
+		return 1 << 20
+	}
+	return 128 << 10
 }
 
 func stack() []byte {
@@ -192,46 +229,71 @@ func stack() []byte {
 	return b[:runtime.Stack(b, false)]
 }
 
-// attach opens /dev/fuse and mounts.
-func (s *Server) attach() error {
+// OpenDevice opens /dev/fuse.
+func OpenDevice() (int, error) {
 	fd, err := unix.Open("/dev/fuse", unix.O_RDWR|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)
 	if err != nil {
-		return &os.PathError{Op: "open", Path: "/dev/fuse", Err: err}
+		return -1, &os.PathError{Op: "open", Path: "/dev/fuse", Err: err}
 	}
-	s.fd = fd
+	return fd, nil
+}
+
+// MountDevice mounts a device on cfg.Target as the fields of cfg say that are
+// not about serving. Whoever uses the mount waits until somebody serves it.
+func MountDevice(fd int, cfg *Config) error {
 	flags := uintptr(0)
 	for _, f := range []struct {
 		on  bool
 		bit uintptr
-	}{{s.cfg.ReadOnly, unix.MS_RDONLY}, {s.cfg.NoSuid, unix.MS_NOSUID}, {s.cfg.NoDev, unix.MS_NODEV}, {s.cfg.NoExec, unix.MS_NOEXEC}} {
+	}{{cfg.ReadOnly, unix.MS_RDONLY}, {cfg.NoSuid, unix.MS_NOSUID}, {cfg.NoDev, unix.MS_NODEV}, {cfg.NoExec, unix.MS_NOEXEC}} {
 		if f.on {
 			flags |= f.bit
 		}
 	}
 	data := []string{
 		fmt.Sprintf("fd=%d", fd), "rootmode=40000", fmt.Sprintf("user_id=%d", os.Geteuid()), fmt.Sprintf("group_id=%d", os.Getegid()),
-		"default_permissions", fmt.Sprintf("max_read=%d", s.maxWrite),
+		"default_permissions", fmt.Sprintf("max_read=%d", cfg.maxWrite()),
 	}
-	if !s.cfg.Private {
+	if !cfg.Private {
 		data = append(data, "allow_other")
 	}
-	source := s.cfg.Source
+	source := cfg.Source
 	if source == "" {
 		source = "union"
 	}
-	if err := unix.Mount(source, s.cfg.Target, "fuse.layerfs", flags, strings.Join(data, ",")); err != nil {
-		unix.Close(fd)
-		return &os.PathError{Op: "mount", Path: s.cfg.Target, Err: err}
+	if err := unix.Mount(source, cfg.Target, "fuse.layerfs", flags, strings.Join(data, ",")); err != nil {
+		return &os.PathError{Op: "mount", Path: cfg.Target, Err: err}
 	}
-	// Not before: the poller would wait on a descriptor that has no
-	// connection yet, and never be woken (fuse_dev_poll).
-	s.f = os.NewFile(uintptr(fd), "/dev/fuse")
-	if s.raw, err = s.f.SyscallConn(); err != nil {
+	return nil
+}
+
+// attach opens /dev/fuse and mounts.
+func (s *Server) attach() error {
+	fd, err := OpenDevice()
+	if err != nil {
+		return err
+	}
+	if err := MountDevice(fd, &s.cfg); err != nil {
+		unix.Close(fd)
+		return err
+	}
+	if err := s.connect(fd); err != nil {
 		unix.Unmount(s.cfg.Target, unix.MNT_DETACH)
-		s.f.Close()
 		return err
 	}
 	return nil
+}
+
+// connect takes over a device that is mounted. Not before: the poller would
+// wait on a descriptor that has no connection yet, and never be woken
+// (fuse_dev_poll).
+func (s *Server) connect(fd int) (err error) {
+	s.fd = fd
+	s.f = os.NewFile(uintptr(fd), "/dev/fuse")
+	if s.raw, err = s.f.SyscallConn(); err != nil {
+		s.f.Close()
+	}
+	return err
 }
 
 // handshake serves the INIT request.
@@ -241,20 +303,30 @@ func (s *Server) handshake() error {
 	if err != nil {
 		return &os.PathError{Op: "read INIT", Path: "/dev/fuse", Err: err}
 	}
-	out, _ := s.ps.HandleRequest([][]byte{b.in[:n]}, [][]byte{b.out})
-	if out < 36 || binary.NativeEndian.Uint32(b.out[4:]) != 0 {
-		return &os.PathError{Op: "INIT", Path: "/dev/fuse", Err: unix.EPROTO}
+	out, err := s.agree(b.in[:n], b.out)
+	if err != nil {
+		return err
 	}
-	// struct fuse_init_in behind the 40 byte header, fuse_init_out behind 16.
-	s.minor = binary.NativeEndian.Uint32(b.in[44:])
-	s.flags = uint64(binary.NativeEndian.Uint32(b.out[16+12:])) | uint64(binary.NativeEndian.Uint32(b.out[16+32:]))<<32
-	if s.flags&fuse.CAP_PASSTHROUGH == 0 {
-		s.noPass.Store(true)
-	}
+	s.saveInit(b.in[:n])
 	if _, err := unix.Write(s.fd, b.out[:out]); err != nil {
 		return &os.PathError{Op: "write INIT", Path: "/dev/fuse", Err: err}
 	}
 	return nil
+}
+
+// agree makes the answer to an INIT request.
+func (s *Server) agree(in, out []byte) (int, error) {
+	n, _ := s.ps.HandleRequest([][]byte{in}, [][]byte{out})
+	if n < 52 || binary.NativeEndian.Uint32(out[4:]) != 0 {
+		return 0, &os.PathError{Op: "INIT", Path: "/dev/fuse", Err: unix.EPROTO}
+	}
+	// struct fuse_init_in behind the 40 byte header, fuse_init_out behind 16.
+	s.minor = binary.NativeEndian.Uint32(in[44:])
+	s.flags = uint64(binary.NativeEndian.Uint32(out[16+12:])) | uint64(binary.NativeEndian.Uint32(out[16+32:]))<<32
+	if s.flags&fuse.CAP_PASSTHROUGH == 0 {
+		s.noPass.Store(true)
+	}
+	return n, nil
 }
 
 type buffers struct{ in, out []byte }

@@ -73,7 +73,7 @@ func (fs *FS) KeepIno(n *Node, ino uint64) {
 }
 
 // Adopt makes a node, with one reference, of a regular file that has lost all
-// its names but is open as fd, an O_PATH descriptor it takes over.
+// its names but is open as fd, which it takes over, however it was opened.
 func (fs *FS) Adopt(fd int, ino uint64) (*Node, error) {
 	fs.stackMu.RLock()
 	defer fs.stackMu.RUnlock()
@@ -110,4 +110,19 @@ func (fs *FS) ownerOf(dev uint64, fd int) *Branch {
 		return fs.stack[i]
 	}
 	return fs.stack[0]
+}
+
+// Inode returns the branch inode that a non-directory stands for, without the
+// lock that Key takes: it may be called by CopiedUp.
+func (n *Node) Inode() (dev, ino uint64) {
+	n.fs.tabMu.Lock()
+	defer n.fs.tabMu.Unlock()
+	return n.key.dev, n.key.ino
+}
+
+// Dead reports whether n has no name that the union knows.
+func (n *Node) Dead() bool {
+	n.fs.tabMu.Lock()
+	defer n.fs.tabMu.Unlock()
+	return n.dead
 }
