@@ -292,6 +292,37 @@ func TestCreateAndRemove(t *testing.T) {
 		st := lstat(t, s.path("d/e"))
 		assert.Greater(t, st.Mtim.Sec, int64(1000))
 	})
+	t.Run("B7/copy-up-of-special-files-is-no-change-of-the-parent", func(t *testing.T) {
+		s := prepare(t, 1, "l0/d/l -> x", "rw/d/")
+		for n, typ := range map[string]uint32{"p": unix.S_IFIFO, "s": unix.S_IFSOCK, "c": unix.S_IFCHR} {
+			require.NoError(t, unix.Mknod(s.lower(0, "d/"+n), typ|0o644, int(unix.Mkdev(1, 3))))
+		}
+		old := time.Unix(1000, 5)
+		require.NoError(t, os.Chtimes(s.rw("d"), old, old))
+		s.mount(t, union.Config{})
+		for _, n := range []string{"l", "p", "s", "c"} {
+			require.NoError(t, os.Lchown(s.path("d/"+n), 7, 7))
+			assert.Equal(t, lstat(t, s.lower(0, "d/"+n)).Mode, lstat(t, s.rw("d/"+n)).Mode, n)
+			for _, d := range []string{s.rw("d"), s.path("d")} {
+				st := lstat(t, d)
+				assert.Equal(t, old, time.Unix(st.Mtim.Unix()), n)
+			}
+		}
+		assert.Equal(t, []string{"c", "l", "p", "s"}, names(t, s.rw("d")))
+	})
+	t.Run("B7/joining-and-leaving-is-no-change-of-the-root", func(t *testing.T) {
+		s := prepare(t, 1, "l0/f x")
+		old := time.Unix(1000, 5)
+		require.NoError(t, os.Chtimes(s.rw(""), old, old))
+		for _, plink := range []bool{true, false} {
+			s.mount(t, union.Config{NoPlink: !plink})
+			st := lstat(t, s.mnt)
+			assert.Equal(t, old, time.Unix(st.Mtim.Unix()))
+			require.NoError(t, s.Unmount(bg))
+			st = lstat(t, s.rw(""))
+			assert.Equal(t, old, time.Unix(st.Mtim.Unix()))
+		}
+	})
 	t.Run("owner-is-the-creator", func(t *testing.T) {
 		s := mustMount(t, 1, "l0/low/")
 		require.NoError(t, os.Chmod(s.path("."), 0o777))
@@ -479,6 +510,32 @@ func TestLinks(t *testing.T) {
 		require.NoError(t, os.Remove(s.path("a")))
 		assert.Equal(t, "changed", s.read(t, "c"))
 		assert.EqualValues(t, 2, lstat(t, s.path("c")).Nlink)
+	})
+	t.Run("B1/hidden-names-do-not-count", func(t *testing.T) {
+		// Of ten names one is under a whiteout, one under a file, two in an
+		// opaque directory, one in a directory under a whiteout, and one in
+		// a directory under a file.
+		s := prepare(t, 2, "l1/1 text", "l1/2 = 1", "l1/3 = 1", "l1/d/4 = 1", "l1/o/5 = 1", "l1/o/s/6 = 1", "l1/w/7 = 1", "l1/f/8 = 1",
+			"l1/d/9 = 1", "l1/10 = 1", "rw/.wh.2 ", "l0/3 other", "rw/o/.wh..wh..opq ", "rw/.wh.w ", "rw/f file", "l0/d/other ")
+		count := func(want int) {
+			t.Helper()
+			for _, n := range []string{"1", "d/4"} {
+				assert.EqualValues(t, want, lstat(t, s.path(n)).Nlink, n)
+			}
+		}
+		s.mount(t, union.Config{NoPlink: true})
+		count(4)
+		require.NoError(t, os.Remove(s.path("10")))
+		count(3)
+		s.write(t, "d/9", "a copy hides its name")
+		count(2)
+		require.NoError(t, s.Unmount(bg))
+		s.mount(t, union.Config{})
+		count(2)
+		require.NoError(t, os.Rename(s.path("f"), s.path("1")))
+		assert.EqualValues(t, 1, lstat(t, s.path("d/4")).Nlink)
+		s.write(t, "d/4", "changed")
+		assert.EqualValues(t, 1, lstat(t, s.path("d/4")).Nlink)
 	})
 	t.Run("F2/form-of-a-plink", func(t *testing.T) {
 		s := linked(t, union.Config{})

@@ -282,7 +282,12 @@ func (fs *FS) tryCopyUp(n *Node, limit int64) (again bool, err error) {
 		return false, err
 	}
 	defer pi.unpin()
-	c, err := fs.makeCopy(pfd, l.name, w, &src, &st, limit)
+	c, err := fs.makeCopy(&dup{dir: pfd, fd: -1, quietly: func(change func() error) error {
+		l.dir.mu.Lock()
+		defer l.dir.mu.Unlock()
+		defer keepTimes(pfd)()
+		return change()
+	}}, l.name, w, &src, &st, limit)
 	if err != nil {
 		return false, err
 	}
@@ -296,6 +301,8 @@ type dup struct {
 	fd  int    // -1 if not a regular file
 	tmp string // "" if it has no name
 	st  unix.Stat_t
+	// quietly makes and removes tmp in a way that is no change of dir.
+	quietly func(change func() error) error
 }
 
 func (c *dup) close() {
@@ -304,9 +311,19 @@ func (c *dup) close() {
 		c.fd = -1
 	}
 	if c.tmp != "" {
-		unix.Unlinkat(c.dir, c.tmp, 0)
+		c.quietly(func() error { return unix.Unlinkat(c.dir, c.tmp, 0) })
 		c.tmp = ""
 	}
+}
+
+// named makes c.tmp by mk.
+func (c *dup) named(name string, mk func(tmp string) error) error {
+	return c.quietly(func() (err error) {
+		if c.tmp, err = freshTemp(name, mk); err != nil {
+			c.tmp = ""
+		}
+		return err
+	})
 }
 
 // linkTo gives the copy its name.
@@ -324,17 +341,17 @@ func (c *dup) linkTo(fd int, name string) error {
 	return unix.Linkat(unix.AT_FDCWD, procFD(c.fd), fd, name, unix.AT_SYMLINK_FOLLOW)
 }
 
-func (fs *FS) makeCopy(pfd int, name string, w *Branch, src *ref, st *unix.Stat_t, limit int64) (c *dup, err error) {
-	c = &dup{dir: pfd, fd: -1}
+// makeCopy completes c, of which it is told the directory.
+func (fs *FS) makeCopy(c *dup, name string, w *Branch, src *ref, st *unix.Stat_t, limit int64) (_ *dup, err error) {
 	defer func() {
 		if err != nil {
 			c.close()
 		}
 	}()
 	if st.Mode&unix.S_IFMT == unix.S_IFREG {
-		err = fs.copyRegular(c, pfd, name, w, src, st, limit)
+		err = fs.copyRegular(c, name, w, src, st, limit)
 	} else {
-		err = copySpecial(c, pfd, name, src, st)
+		err = copySpecial(c, name, src, st)
 	}
 	if err != nil {
 		return nil, err
@@ -342,16 +359,16 @@ func (fs *FS) makeCopy(pfd int, name string, w *Branch, src *ref, st *unix.Stat_
 	if c.fd >= 0 {
 		err = unix.Fstat(c.fd, &c.st)
 	} else {
-		err = fstatat(pfd, c.tmp, &c.st)
+		err = fstatat(c.dir, c.tmp, &c.st)
 	}
 	return c, err
 }
 
-// tmpFile opens a file without a name in pfd, or with a temporary one where
+// tmpFile opens a file without a name in c.dir, or with a temporary one where
 // the file system has no O_TMPFILE.
-func (c *dup) tmpFile(pfd int, name string, w *Branch) (err error) {
+func (c *dup) tmpFile(name string, w *Branch) (err error) {
 	if !w.noTmp.Load() {
-		c.fd, err = unix.Openat(pfd, ".", unix.O_TMPFILE|unix.O_RDWR|unix.O_CLOEXEC, 0o600)
+		c.fd, err = unix.Openat(c.dir, ".", unix.O_TMPFILE|unix.O_RDWR|unix.O_CLOEXEC, 0o600)
 		if err == nil {
 			return nil
 		}
@@ -361,17 +378,17 @@ func (c *dup) tmpFile(pfd int, name string, w *Branch) (err error) {
 		}
 		w.noTmp.Store(true)
 	}
-	c.tmp, err = freshTemp(name, func(tmp string) error {
-		c.fd, err = unix.Openat(pfd, tmp, unix.O_CREAT|unix.O_EXCL|unix.O_RDWR|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0o600)
+	err = c.named(name, func(tmp string) (err error) {
+		c.fd, err = unix.Openat(c.dir, tmp, unix.O_CREAT|unix.O_EXCL|unix.O_RDWR|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0o600)
 		return err
 	})
 	if err != nil {
-		c.tmp, c.fd = "", -1
+		c.fd = -1
 	}
 	return err
 }
 
-func (fs *FS) copyRegular(c *dup, pfd int, name string, w *Branch, src *ref, st *unix.Stat_t, limit int64) error {
+func (fs *FS) copyRegular(c *dup, name string, w *Branch, src *ref, st *unix.Stat_t, limit int64) error {
 	in, err := src.open(unix.O_RDONLY|unix.O_NOATIME, keyOf(st))
 	if err == unix.EPERM {
 		in, err = src.open(unix.O_RDONLY, keyOf(st))
@@ -380,7 +397,7 @@ func (fs *FS) copyRegular(c *dup, pfd int, name string, w *Branch, src *ref, st 
 		return err
 	}
 	defer unix.Close(in)
-	if err := c.tmpFile(pfd, name, w); err != nil {
+	if err := c.tmpFile(name, w); err != nil {
 		return err
 	}
 	size := st.Size
@@ -494,21 +511,17 @@ func copyBuffer(in, out int, off, n int64) (int64, error) {
 }
 
 // copySpecial copies symbolic links, devices, fifos and sockets.
-func copySpecial(c *dup, pfd int, name string, src *ref, st *unix.Stat_t) error {
-	var err error
+func copySpecial(c *dup, name string, src *ref, st *unix.Stat_t) error {
+	pfd := c.dir
+	mk := func(tmp string) error { return unix.Mknodat(pfd, tmp, st.Mode&unix.S_IFMT|0o600, int(st.Rdev)) }
 	if st.Mode&unix.S_IFMT == unix.S_IFLNK {
-		var target string
-		if target, err = src.readlink(); err != nil {
+		target, err := src.readlink()
+		if err != nil {
 			return err
 		}
-		c.tmp, err = freshTemp(name, func(tmp string) error { return unix.Symlinkat(target, pfd, tmp) })
-	} else {
-		c.tmp, err = freshTemp(name, func(tmp string) error {
-			return unix.Mknodat(pfd, tmp, st.Mode&unix.S_IFMT|0o600, int(st.Rdev))
-		})
+		mk = func(tmp string) error { return unix.Symlinkat(target, pfd, tmp) }
 	}
-	if err != nil {
-		c.tmp = ""
+	if err := c.named(name, mk); err != nil {
 		return err
 	}
 	if err := unix.Fchownat(pfd, c.tmp, int(st.Uid), int(st.Gid), unix.AT_SYMLINK_NOFOLLOW); err != nil {
@@ -548,11 +561,15 @@ func (fs *FS) placeCopy(n *Node, l link, w *Branch, pfd int, c *dup, st *unix.St
 	var p *plink
 	if st.Nlink > 1 && !fs.noPlink {
 		fs.tabMu.Lock()
-		nlink := uint64(st.Nlink) - uint64(n.hidden)
+		nlink := visible(uint64(st.Nlink), uint64(fs.hid[keyOf(st)]))
 		fs.tabMu.Unlock()
 		if p, err = fs.makePlink(n, w, c, keyOf(st), nlink); err != nil {
 			return false, err
 		}
+	}
+	if p == nil && st.Nlink > 1 {
+		fs.hideMu.RLock()
+		defer fs.hideMu.RUnlock()
 	}
 	restore := keepTimes(pfd)
 	err = c.linkTo(pfd, l.name)
@@ -574,6 +591,9 @@ func (fs *FS) placeCopy(n *Node, l link, w *Branch, pfd int, c *dup, st *unix.St
 	}
 	n.br, n.key, n.plink = w, k, p
 	fs.inos[k] = n.ino
+	if p == nil && st.Nlink > 1 {
+		fs.addHidden(keyOf(st)) // the copy hides a name of the other ones
+	}
 	if p != nil {
 		fs.plinks[p.lower], fs.plinkUp[p.upper] = p, p
 	}
@@ -595,7 +615,8 @@ func (fs *FS) copyUpOrphan(n *Node, w *Branch, src *ref, st *unix.Stat_t, limit 
 		return err
 	}
 	defer unix.Close(dir)
-	c, err := fs.makeCopy(dir, "orphan", w, src, st, limit)
+	alone := func(change func() error) error { return change() }
+	c, err := fs.makeCopy(&dup{dir: dir, fd: -1, quietly: alone}, "orphan", w, src, st, limit)
 	if err != nil {
 		return err
 	}

@@ -222,7 +222,7 @@ func historyOf(t testing.TB, seed uint64, steps int, links bool, cfg func(*Confi
 			if i < len(got) {
 				g = got[i]
 			}
-			if !g.same(w) {
+			if g != w {
 				t.Fatalf("seed %d after %s:\n plain %v\n union %v", seed, strings.Join(log, "\n"), w, g)
 			}
 		}

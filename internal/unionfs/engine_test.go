@@ -142,12 +142,6 @@ type line struct {
 	nlink      uint64 // of a regular file
 }
 
-// same reports whether the union shows what the plain directory has. The link
-// count may be higher: names that another branch hid from the beginning count.
-func (l line) same(plain line) bool {
-	return l.path == plain.path && l.what == plain.what && l.nlink >= plain.nlink
-}
-
 // group names hard links by their first path.
 type groups map[uint64]string
 

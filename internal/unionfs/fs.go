@@ -82,6 +82,10 @@ type FS struct {
 	extra   map[key]uint64
 	plinks  map[key]*plink // by lower key
 	plinkUp map[key]*plink // by upper key
+	hid     map[key]uint32 // hidden names of lower files; nil: none
+
+	hideMu  sync.RWMutex // shared while a name of a hard-linked lower file is hidden
+	counted atomic.Bool  // hid is complete
 
 	ringMu sync.Mutex
 	ring   []*inst

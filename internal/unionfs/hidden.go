@@ -13,19 +13,13 @@ import (
 // directories that lie on several branches, and kept up to date by the calls
 // that hide a name. Nothing but a change of the branches shows one again.
 
-// hidden is how many names of k the union hides.
-func (fs *FS) hidden(k key) uint64 {
-	fs.tabMu.Lock()
-	defer fs.tabMu.Unlock()
-	return uint64(fs.hid[k])
-}
-
-// hide notes that a name of the lower file k was hidden. The caller holds
-// hideMu shared since before it was.
-func (fs *FS) hide(k key) {
-	fs.tabMu.Lock()
+// addHidden notes that a name of the lower file k was hidden; tabMu is held,
+// and hideMu shared since before it was.
+func (fs *FS) addHidden(k key) {
+	if fs.hid == nil {
+		fs.hid = map[key]uint32{}
+	}
 	fs.hid[k]++
-	fs.tabMu.Unlock()
 }
 
 // visible is how many of nlink names the union shows; one at least, since

@@ -77,6 +77,8 @@ func (fs *FS) Unlink(dir *Node, name string) error {
 		defer v.in.unpin()
 		if v.f.below || !v.upper {
 			fs.stats.Whiteouts.Add(1)
+			fs.hideMu.RLock()
+			defer fs.hideMu.RUnlock()
 			err = fs.format.Hide(v.w, fd, name, v.upper, false)
 		} else {
 			err = unix.Unlinkat(fd, name, 0)
@@ -104,9 +106,9 @@ func (fs *FS) unnamed(dir *Node, name string, f *found, upper bool) {
 	if p != nil {
 		p.nlink--
 		left = p.nlink
-	} else if !upper && n != nil {
-		n.hidden++
-		left = max(uint32(f.st.Nlink), n.hidden) - n.hidden
+	} else if !upper && f.st.Nlink > 1 {
+		fs.addHidden(k)
+		left = max(uint32(f.st.Nlink), fs.hid[k]) - fs.hid[k]
 	}
 	back := false
 	if n != nil && !n.IsDir() {

@@ -295,6 +295,8 @@ func (m *mover) move(afd, bfd int) error {
 	if m.a.below {
 		fs.stats.Whiteouts.Add(1)
 	}
+	fs.hideMu.RLock()
+	defer fs.hideMu.RUnlock()
 	if err := fs.format.Move(m.w, afd, m.name, bfd, m.newName, isDir, m.a.below, white); err != nil {
 		return err
 	}

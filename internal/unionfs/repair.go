@@ -32,6 +32,8 @@ func (fs *FS) join(b *Branch, skipRepair bool) (done []Repaired, err error) {
 			return fail("unlinkat", err)
 		}
 	}
+	// What a union keeps in the root of a branch is no change of the root.
+	defer keepTimes(b.root)()
 	if err := fs.furnish(b); err != nil {
 		return fail("prepare", err)
 	}
@@ -81,7 +83,9 @@ func (fs *FS) furnish(b *Branch) error {
 
 // leave ends what join began.
 func (fs *FS) leave(b *Branch) error {
+	restore := keepTimes(b.root)
 	err := unix.Unlinkat(b.root, whMounted, 0)
+	restore()
 	if err == unix.ENOENT {
 		err = nil
 	}

@@ -170,6 +170,8 @@ func (fs *FS) restack(gone *Branch) {
 	})
 	fs.tabMu.Lock()
 	fs.root.insts = is
+	fs.hid = nil
+	fs.counted.Store(false)
 	fs.tabMu.Unlock()
 	for _, i := range dropped {
 		i.drop()
