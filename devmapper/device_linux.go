@@ -280,8 +280,15 @@ func (m *mechanism) drop(ctx context.Context, name string) error {
 // The files of devices that are on their way.
 func (m *mechanism) applyPath(id string) string { return m.devicePath(".apply-" + id) }
 
-func (m *mechanism) deletePath(n uint32) string {
-	return m.devicePath(".delete-" + strconv.FormatUint(uint64(n), 10))
+func (m *mechanism) deletePath(n uint32) string { return m.devicePath(deleteKey(n)) }
+
+// deleteKey is the name of the file of a device that is to be deleted, and the
+// key of the lock of who has it active under its probeName.
+func deleteKey(n uint32) string { return ".delete-" + strconv.FormatUint(uint64(n), 10) }
+
+// probeName is the name of a device that is active for the driver's own sake.
+func (m *mechanism) probeName(n uint32) string {
+	return m.deviceName("+"+strconv.FormatUint(uint64(n), 10), false)
 }
 
 func (m *mechanism) snapPath(n uint32) string {
@@ -309,8 +316,17 @@ func (m *mechanism) discard(ctx context.Context, path string) error {
 	return m.reap(ctx, d)
 }
 
-// reap deletes a device that has a delete file.
+// reap deletes a device that has a delete file. It may find that another process
+// has done so.
 func (m *mechanism) reap(ctx context.Context, d device) error {
+	unlock, err := m.dir.Lock(ctx, deleteKey(d.ID))
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	if _, err := os.Lstat(m.deletePath(d.ID)); errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
 	if m.opts.discards() {
 		if err := m.blkDiscard(ctx, d); err != nil && !errors.Is(err, unix.EBUSY) {
 			m.opts.Logger.Warn("discard", "driver", name, "device", d.ID, "error", err)
@@ -346,7 +362,7 @@ func (m *mechanism) reap(ctx context.Context, d device) error {
 // blkDiscard gives the blocks that only this device has back to what is below
 // the pool: deleting a device frees them in the pool alone.
 func (m *mechanism) blkDiscard(ctx context.Context, d device) error {
-	name := m.deviceName("+"+strconv.FormatUint(uint64(d.ID), 10), false)
+	name := m.probeName(d.ID)
 	if err := m.removeDevice(ctx, name); err != nil {
 		return err
 	}
@@ -387,7 +403,13 @@ func (m *mechanism) reapAll(ctx context.Context) error {
 		case err != nil:
 			errs = append(errs, os.Remove(path))
 		default:
-			errs = append(errs, m.reap(ctx, d))
+			err := m.reap(ctx, d)
+			if errors.Is(err, layerfs.ErrInUse) { // some process has it from before a crash
+				m.deferred.Store(true)
+				m.opts.Logger.Warn("a device cannot be deleted yet", "driver", name, "device", d.ID, "error", err)
+				err = nil
+			}
+			errs = append(errs, err)
 		}
 	}
 	return errors.Join(errs...)
@@ -459,34 +481,56 @@ func (m *mechanism) sweepMetadata() error {
 }
 
 // sweep mends what a crash left, apart from layers, which the shared life cycle
-// looks after.
+// looks after. Active devices go first: a device that is active cannot be
+// deleted.
 func (m *mechanism) sweep(ctx context.Context) error {
 	entries, err := os.ReadDir(m.devicePath(""))
 	if err != nil {
 		return err
 	}
-	names := make(map[string]string) // of devices, to layers
+	if err := m.sweepDevices(ctx, m.owners(entries)); err != nil {
+		return err
+	}
 	for _, e := range entries {
 		file := e.Name()
 		switch {
 		case strings.HasPrefix(file, ".apply-"):
-			err = m.withLock(file[len(".apply-"):], func() error { return m.discard(ctx, m.devicePath(file)) })
+			err = m.withLock(file[len(".apply-"):], func() error { return m.discardLeft(ctx, file) })
 		case strings.HasPrefix(file, ".new-"):
 			id := strings.TrimPrefix(strings.TrimPrefix(file, ".new-"), ".apply-")
 			err = m.withLock(id, func() error { return removeFile(m.devicePath(file)) })
 		case strings.HasPrefix(file, ".snap-"):
-			err = m.withLock(file, func() error { return m.discard(ctx, m.devicePath(file)) }) // its process is gone
-		case layerfs.CheckID(file) == nil:
-			names[m.deviceName(file, false)] = file
+			err = m.withLock(file, func() error { return m.discardLeft(ctx, file) }) // its process is gone
 		}
 		if err != nil {
 			return err
 		}
 	}
-	if err := m.sweepDevices(ctx, names); err != nil {
-		return err
-	}
 	return m.reapAll(ctx)
+}
+
+// discardLeft deletes a device that a crash left. What still has it must not
+// keep the root from being opened: reapAll tries again.
+func (m *mechanism) discardLeft(ctx context.Context, file string) error {
+	return ignore(m.discard(ctx, m.devicePath(file)), layerfs.ErrInUse)
+}
+
+// owners returns, by the names of devices, the keys whose lock their users
+// have.
+func (m *mechanism) owners(entries []os.DirEntry) map[string]string {
+	owners := map[string]string{m.deviceName("+base", false): poolLock}
+	for _, e := range entries {
+		file := e.Name()
+		id := strings.TrimPrefix(file, ".apply-")
+		switch {
+		case strings.HasPrefix(file, ".snap-"):
+			owners[m.deviceName("+"+file[1:], false)] = file
+		case layerfs.CheckID(id) == nil:
+			owners[m.deviceName(id, false)] = id
+			owners[m.deviceName("+apply-"+id, false)] = id
+		}
+	}
+	return owners
 }
 
 func removeFile(path string) error {
@@ -508,7 +552,7 @@ func (m *mechanism) withLock(key string, fn func() error) error {
 
 // sweepDevices resumes devices that a crash left suspended, and removes those
 // that nobody uses.
-func (m *mechanism) sweepDevices(ctx context.Context, layers map[string]string) error {
+func (m *mechanism) sweepDevices(ctx context.Context, owners map[string]string) error {
 	list, err := m.ctl.List()
 	if err != nil {
 		return err
@@ -517,8 +561,10 @@ func (m *mechanism) sweepDevices(ctx context.Context, layers map[string]string) 
 		if !strings.HasPrefix(e.Name, m.prefix+"-") || e.Name == m.pool {
 			continue
 		}
-		key, ok := layers[e.Name]
-		if !ok {
+		key, ok := owners[e.Name]
+		if n, err := strconv.ParseUint(strings.TrimPrefix(e.Name, m.prefix+"-+"), 10, 32); err == nil {
+			key = deleteKey(uint32(n))
+		} else if !ok {
 			key = ".device-" + e.Name
 		}
 		err := m.withLock(key, func() error {
@@ -593,12 +639,14 @@ func (m *mechanism) Find(_ context.Context, rec *lifecycle.Record) error {
 		return err
 	}
 	// Activating it is the only question the pool answers about one device.
-	probe := m.deviceName("+"+strconv.FormatUint(uint64(d.ID), 10), false)
-	if _, err := m.activateThin(probe, m.thinUUID(d.ID), d.ID, d.Size, true); err != nil {
-		if errors.Is(err, unix.EBUSY) {
-			return nil // it is just being used
+	return m.withLock(deleteKey(d.ID), func() error {
+		probe := m.probeName(d.ID)
+		if _, err := m.activateThin(probe, m.thinUUID(d.ID), d.ID, d.Size, true); err != nil {
+			if errors.Is(err, unix.EBUSY) {
+				return nil // it is just being used
+			}
+			return fmt.Errorf("device %d: %w", d.ID, err)
 		}
-		return fmt.Errorf("device %d: %w", d.ID, err)
-	}
-	return m.removeDevice(context.Background(), probe)
+		return m.removeDevice(context.Background(), probe)
+	})
 }

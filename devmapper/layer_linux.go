@@ -12,6 +12,7 @@ import (
 
 	"github.com/layerfs/layerfs"
 	"github.com/layerfs/layerfs/archive"
+	"github.com/layerfs/layerfs/internal/dm"
 	"github.com/layerfs/layerfs/internal/lifecycle"
 	"github.com/layerfs/layerfs/internal/undo"
 )
@@ -199,11 +200,24 @@ func (m *mechanism) fill(ctx context.Context, rec *lifecycle.Record, d device, f
 	if err := m.tick(ctx, d); err != nil {
 		return err
 	}
-	if err := fill(procPath(tree) + "/."); err != nil {
+	err = fill(procPath(tree) + "/.")
+	if err == nil {
+		// What the pool has no room for must be told here, and not get lost.
+		err = syncFS(procPath(tree) + "/.")
+	}
+	return m.noSpace(err)
+}
+
+// noSpace says of an error that it comes from a pool that is full: a file system
+// may have ended over it, and answer anything from then on.
+func (m *mechanism) noSpace(err error) error {
+	if err == nil || errors.Is(err, unix.ENOSPC) {
 		return err
 	}
-	// What the pool has no room for must be told here, and not get lost.
-	return syncFS(procPath(tree) + "/.")
+	if st, serr := m.poolStatus(true); serr == nil && st.Mode == dm.PoolOutOfSpace {
+		err = fmt.Errorf("the pool is full: %w: %w", unix.ENOSPC, err)
+	}
+	return err
 }
 
 // Clone takes a snapshot of a layer.

@@ -40,8 +40,19 @@ func (m *mechanism) Mount(ctx context.Context, chain lifecycle.Chain, mode lifec
 	if err != nil {
 		return err
 	}
-	defer tree.Close()
-	path := m.Path(rec.ID)
+	err = m.attachTree(tree, rec.ID, mode)
+	if err == nil {
+		return tree.Close()
+	}
+	if cerr := m.release(tree, rec.ID); cerr != nil {
+		err = fmt.Errorf("%w (rollback: %v)", err, cerr)
+	}
+	return err
+}
+
+// attachTree attaches a mount at the path of a layer.
+func (m *mechanism) attachTree(tree *os.File, id string, mode lifecycle.Mode) error {
+	path := m.Path(id)
 	if err := unix.Mkdir(path, 0o700); err != nil && err != unix.EEXIST {
 		return &os.PathError{Op: "mkdir", Path: path, Err: err}
 	}
@@ -60,6 +71,19 @@ func (m *mechanism) Mount(ctx context.Context, chain lifecycle.Chain, mode lifec
 		return &os.PathError{Op: "mount_setattr", Path: path, Err: err}
 	}
 	return mount.Attach(tree, path)
+}
+
+// release closes the tree of a layer, whose lock the caller has, and removes
+// the device if the kernel is not to do it and nobody else uses it.
+func (m *mechanism) release(tree *os.File, id string) error {
+	err := tree.Close()
+	if !m.opts.NoDeferredRemoval {
+		return err
+	}
+	if st, serr := m.State(id); serr != nil || st.Mounted {
+		return errors.Join(err, serr)
+	}
+	return errors.Join(err, m.dropQuietly(id))
 }
 
 func procPath(f *os.File) string { return "/proc/self/fd/" + strconv.Itoa(int(f.Fd())) }
@@ -108,7 +132,7 @@ func (m *mechanism) open(ctx context.Context, rec *lifecycle.Record, readOnly bo
 		}
 	}
 	if err != nil {
-		return nil, errors.Join(err, tree.Close(), m.drop(context.WithoutCancel(ctx), name))
+		return nil, errors.Join(err, m.release(tree, rec.ID))
 	}
 	return tree, nil
 }
@@ -461,11 +485,7 @@ func (m *mechanism) View(ctx context.Context, chain lifecycle.Chain) (lifecycle.
 				return err
 			}
 			defer unlock()
-			err = tree.Close()
-			if st, serr := m.State(rec.ID); serr != nil || st.Mounted {
-				return errors.Join(err, serr)
-			}
-			return errors.Join(err, m.dropQuietly(rec.ID))
+			return m.release(tree, rec.ID)
 		}
 	}
 	// The dot makes it a directory to those who do not follow links.
