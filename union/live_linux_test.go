@@ -114,6 +114,27 @@ func TestLiveLower(t *testing.T) {
 			}
 		}
 	})
+	t.Run("refresh-shows-changes-of-every-branch", func(t *testing.T) {
+		for _, udba := range []union.UDBA{union.Notify, union.None} {
+			s := prepare(t, 1, "l0/low x", "l0/d/e/f x", "rw/up x").mount(t, union.Config{UDBA: udba})
+			for i := range 3 {
+				names(t, s.mnt)
+				names(t, s.path("d/e"))
+				up, low, over := fmt.Sprint("up", i), fmt.Sprint("low", i), fmt.Sprint("d/e/over", i)
+				for _, n := range []string{up, low, over} {
+					assert.True(t, missing(s.path(n)))
+				}
+				build(t, s.dir, "rw/"+up+" x", "l0/"+low+" x", "rw/"+over+" x")
+				require.NoError(t, s.Refresh(bg))
+				for _, n := range []string{up, low, over} {
+					assert.Equal(t, "x", s.read(t, n), "%s %s", udba, n)
+				}
+				require.NoError(t, os.Remove(s.rw(up)))
+				require.NoError(t, s.Refresh(bg))
+				assert.True(t, missing(s.path(up)))
+			}
+		}
+	})
 	t.Run("upper-wins", func(t *testing.T) {
 		lower, all := herd(t, 1, union.Notify, "l0/a x", "l0/w x")
 		s := all[0]
@@ -156,6 +177,75 @@ func TestLiveLower(t *testing.T) {
 		assert.Equal(t, "y", s.read(t, "d/f"))
 		var st unix.Stat_t
 		require.NoError(t, unix.Fstatat(int(d.Fd()), "f", &st, 0))
+	})
+	t.Run("a-directory-first-appears-on-a-middle-branch", func(t *testing.T) {
+		s := prepare(t, 2, "l1/d/sub/low x", "l1/d/f low", "l0/other/").mount(t, union.Config{})
+		low := func(p string) string { return s.lower(0, p) }
+		for range 3 {
+			// The kernel knows listings, files, and names that are not there.
+			assert.Equal(t, []string{"f", "sub"}, names(t, s.path("d")))
+			assert.Equal(t, []string{"low"}, names(t, s.path("d/sub")))
+			assert.Equal(t, "low", s.read(t, "d/f"))
+			for _, n := range []string{"d/new", "d/sub/new"} {
+				assert.True(t, missing(s.path(n)))
+			}
+			d, err := os.Open(s.path("d/sub")) // in use, too
+			require.NoError(t, err)
+			build(t, low(""), "d/sub/new middle", "d/new middle", "d/f middle")
+			require.NoError(t, s.Sync(bg))
+			assert.Equal(t, []string{"f", "new", "sub"}, names(t, s.path("d")))
+			assert.Equal(t, []string{"low", "new"}, names(t, s.path("d/sub")))
+			for _, n := range []string{"d/f", "d/new", "d/sub/new"} {
+				assert.Equal(t, "middle", s.read(t, n))
+			}
+			var st unix.Stat_t
+			require.NoError(t, unix.Fstatat(int(d.Fd()), "new", &st, 0))
+			require.NoError(t, d.Close())
+			require.NoError(t, os.RemoveAll(low("d")))
+			require.NoError(t, s.Sync(bg))
+		}
+	})
+	t.Run("whiteouts-come-and-go-on-a-middle-branch", func(t *testing.T) {
+		s := prepare(t, 3, "l2/a low", "l2/d/f low", "l2/d/sub/g low", "l1/d/mid mid", "l0/d/")
+		s.mount(t, union.Config{Branches: []union.Branch{
+			{Path: s.rw(""), Perm: union.RW}, {Path: s.lower(0, ""), Perm: union.ROWH}, {Path: s.lower(1, ""), Perm: union.ROWH}, {Path: s.lower(2, "")},
+		}})
+		for range 3 {
+			for _, c := range []struct {
+				mark         string
+				gone, listed []string
+			}{
+				{"l0/.wh.a ", []string{"a"}, []string{"f", "mid", "sub"}},
+				{"l0/d/.wh.f ", []string{"d/f"}, []string{"mid", "sub"}},
+				{"l1/d/.wh.sub ", []string{"d/sub", "d/sub/g"}, []string{"f", "mid"}},
+				{"l1/d/.wh..wh..opq ", []string{"d/f", "d/sub/g"}, []string{"mid"}},
+				{"l0/d/.wh..wh..opq ", []string{"d/f", "d/mid"}, []string{}},
+			} {
+				for _, p := range []string{"a", "d/f", "d/sub/g"} {
+					assert.Equal(t, "low", s.read(t, p), "before %s", c.mark)
+				}
+				assert.Equal(t, []string{"f", "mid", "sub"}, names(t, s.path("d")))
+				build(t, s.dir, c.mark)
+				require.NoError(t, s.Sync(bg))
+				for _, p := range c.gone {
+					assert.True(t, missing(s.path(p)), "%s after %s", p, c.mark)
+				}
+				assert.Equal(t, c.listed, names(t, s.path("d")), c.mark)
+				require.NoError(t, os.Remove(strings.TrimSpace(s.dir+"/"+c.mark)))
+				require.NoError(t, s.Sync(bg))
+			}
+		}
+	})
+	t.Run("hidden-links-are-counted-again", func(t *testing.T) {
+		s := prepare(t, 2, "l1/a text", "l1/b = a", "l1/c = a").mount(t, union.Config{})
+		require.NoError(t, os.Remove(s.path("b")))
+		assert.EqualValues(t, 2, lstat(t, s.path("a")).Nlink)
+		require.NoError(t, os.Remove(s.lower(1, "b")))
+		require.NoError(t, s.Sync(bg))
+		assert.EqualValues(t, 2, lstat(t, s.path("a")).Nlink)
+		build(t, s.dir, "l0/c other")
+		require.NoError(t, s.Sync(bg))
+		assert.EqualValues(t, 1, lstat(t, s.path("a")).Nlink)
 	})
 	t.Run("overflow", func(t *testing.T) {
 		lower, all := herd(t, 1, union.Notify, "l0/d/keep x")

@@ -246,6 +246,19 @@ func (h *Handle) Modify(ctx context.Context, path string, perm Perm) error {
 // it knows.
 func (h *Handle) Sync(ctx context.Context) error { return h.srv.Sync(ctx) }
 
+// Refresh forgets everything that is known of the branches, here and in the
+// kernel, so that changes made directly on any branch show when it returns.
+// Unlike Sync it serves writable branches, too, and every mode. The next use
+// of each file costs a request.
+func (h *Handle) Refresh(ctx context.Context) error {
+	if err := h.srv.Sync(ctx); err != nil {
+		return err
+	}
+	h.fs.ChangedAll()
+	h.srv.InvalidateAll()
+	return nil
+}
+
 // FlushLinks makes the hard links of copied-up files real on the writable
 // branch, which Unmount does, too.
 func (h *Handle) FlushLinks(ctx context.Context) error {

@@ -26,6 +26,11 @@ type Branch struct {
 // UDBA (user's direct branch access) says how changes made directly on
 // a branch that is not writable are noticed. The content of a file is always
 // that of the branch, so it needs no notice.
+//
+// A writable branch belongs to its union. It is not watched, since inotify
+// does not tell the union's own changes from others', and each would cost
+// a round through the queue; what is changed there directly may show at any
+// time, or not before [Handle.Refresh].
 type UDBA string
 
 // The modes.

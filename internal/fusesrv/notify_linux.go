@@ -150,38 +150,40 @@ func (s *Server) changed(e watch.Event) {
 	if !ok {
 		return
 	}
-	child := s.fs.Changed(dir, e.Name)
+	c := s.fs.Changed(dir, e.Name)
 	s.mu.Lock()
 	var dirID, childID uint64
 	if i := s.byNode[dir]; i != nil {
 		dirID = i.id
 	}
-	if i := s.byNode[child]; child != nil && i != nil {
+	if i := s.byNode[c.Child]; c.Child != nil && i != nil {
 		childID = i.id
 	}
 	s.mu.Unlock()
 	s.invalidated.Add(1)
+	// A name with a meaning of its own does not show, what it stands for
+	// comes or goes.
+	names := e.Names || c.Name != e.Name
 	switch {
-	case e.Name == "":
+	case c.Name == "":
 		if dirID != 0 {
 			s.invalInode(dirID, -1)
 		}
-	case e.Names:
+	case names:
 		if childID != 0 {
 			s.invalInode(childID, -1)
 		}
-		if child != nil && child.Survives() {
-			// A directory that stays gets or loses a whole tree below it, in
-			// which the kernel may remember names we never heard of.
-			s.fs.ChangedBelow(child)
-			s.InvalidateAll()
-		}
 		if dirID != 0 {
-			s.invalEntry(dirID, e.Name)
+			s.invalEntry(dirID, c.Name)
 			s.invalInode(dirID, 0) // the kernel's listing
 		}
 	case childID != 0:
 		s.invalInode(childID, 0)
+	}
+	if c.Merged {
+		// A directory that stays got or lost a tree below it, in which the
+		// kernel may remember names we never heard of.
+		s.InvalidateAll()
 	}
 }
 
@@ -222,7 +224,9 @@ func (s *Server) InvalidateAll() {
 		name string
 	}
 	var names []entry
-	s.fs.EachName(func(dir *unionfs.Node, name string, _ *unionfs.Node) { names = append(names, entry{dir, name}) })
+	if s.minor < protoEpoch {
+		s.fs.EachName(func(dir *unionfs.Node, name string, _ *unionfs.Node) { names = append(names, entry{dir, name}) })
+	}
 	s.mu.Lock()
 	ids := make([]uint64, 0, len(s.ids))
 	for id := range s.ids {
@@ -233,11 +237,9 @@ func (s *Server) InvalidateAll() {
 		dirs[n] = i.id
 	}
 	s.mu.Unlock()
-	if s.minor < protoEpoch {
-		for _, e := range names {
-			if id := dirs[e.dir]; id != 0 {
-				s.invalEntry(id, e.name)
-			}
+	for _, e := range names {
+		if id := dirs[e.dir]; id != 0 {
+			s.invalEntry(id, e.name)
 		}
 	}
 	for _, id := range ids {

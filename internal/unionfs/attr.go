@@ -11,8 +11,12 @@ import (
 // GetAttr fills st with the attributes of n.
 func (fs *FS) GetAttr(n *Node, st *unix.Stat_t) error {
 	fs.stackMu.RLock()
-	defer fs.stackMu.RUnlock()
-	return errno(fs.getAttr(n, st))
+	err := fs.getAttr(n, st)
+	fs.stackMu.RUnlock()
+	if err != nil {
+		return errno(err)
+	}
+	return fs.linked(n, st)
 }
 
 func (fs *FS) getAttr(n *Node, st *unix.Stat_t) error {

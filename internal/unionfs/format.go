@@ -37,6 +37,10 @@ type Format interface {
 	// Listed says what a listed name of type typ (DT_*) is, and for
 	// a Whiteout which name it hides.
 	Listed(name string, typ uint8, wh bool) (Kind, string)
+	// Concerns says which name of the union changes with a name in
+	// a directory of a branch; self: the directory itself may have become
+	// opaque, or ceased to be.
+	Concerns(name string) (target string, self bool)
 	// XattrWhiteouts reports whether a listed regular file of fd may be
 	// a whiteout.
 	XattrWhiteouts(fd int) bool
@@ -165,6 +169,19 @@ func (AUFS) Listed(name string, _ uint8, wh bool) (Kind, string) {
 		return Hidden, ""
 	}
 	return Whiteout, name[len(whPrefix):]
+}
+
+// Concerns reads the names that Probe and Opaque look for.
+func (AUFS) Concerns(name string) (string, bool) {
+	switch {
+	case name == whOpaque:
+		return "", true
+	case hasPrefix(name, whMeta):
+		return "", false
+	case hasPrefix(name, whPrefix):
+		return name[len(whPrefix):], false
+	}
+	return name, false
 }
 
 // XattrWhiteouts is always false.

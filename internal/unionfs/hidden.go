@@ -31,14 +31,24 @@ func visible(nlink, hidden uint64) uint64 {
 	return nlink - hidden
 }
 
-// linked finishes a lookup: a file with several names on a branch that
-// others lie above must have its hidden names counted.
+// linked finishes a call that tells attributes: a file with several names must
+// have its hidden ones counted.
 func (fs *FS) linked(n *Node, st *unix.Stat_t) error {
-	if st.Nlink < 2 || n.IsDir() || fs.counted.Load() {
+	if n.IsDir() || fs.counted.Load() {
 		return nil
 	}
+	if st.Nlink < 2 {
+		fs.tabMu.Lock()
+		hidden := fs.hid[n.key]
+		fs.tabMu.Unlock()
+		if hidden == 0 {
+			return nil
+		}
+	}
 	fs.countHidden()
-	return fs.GetAttr(n, st)
+	fs.stackMu.RLock()
+	defer fs.stackMu.RUnlock()
+	return errno(fs.getAttr(n, st))
 }
 
 func (fs *FS) countHidden() {

@@ -167,9 +167,13 @@ func (fs *FS) insts(dir *Node) ([]*inst, error) {
 			}
 			if f.isDir() {
 				fs.tabMu.Lock()
-				fs.setInsts(dir, f.dirs)
-				f.dirs = nil
+				// Else another directory took the name; a lookup tells.
+				if len(dir.insts) == 0 || shares(dir.insts, f.dirs) {
+					fs.setInsts(dir, f.dirs)
+					f.dirs = nil
+				}
 				fs.tabMu.Unlock()
+				f.close()
 			}
 		}
 	}
@@ -213,6 +217,9 @@ next:
 			unix.Close(p.fd)
 		}
 	}
+	if len(old) > 0 {
+		dir.remerged.Store(true)
+	}
 	dir.insts = is
 	dir.changes.Add(1)
 	dir.snap = nil
@@ -228,7 +235,11 @@ func (fs *FS) Lookup(dir *Node, name string, st *unix.Stat_t) (*Node, error) {
 	if err != nil {
 		return nil, err
 	}
-	return n, fs.linked(n, st)
+	if err := fs.linked(n, st); err != nil {
+		fs.Forget(n, 1)
+		return nil, err
+	}
+	return n, nil
 }
 
 func (fs *FS) lookupName(dir *Node, name string, st *unix.Stat_t) (*Node, error) {
@@ -594,7 +605,11 @@ func (fs *FS) LookupEntry(dir *Node, e *DirEntry, st *unix.Stat_t) (*Node, error
 	if err != nil {
 		return nil, err
 	}
-	return n, fs.linked(n, st)
+	if err := fs.linked(n, st); err != nil {
+		fs.Forget(n, 1)
+		return nil, err
+	}
+	return n, nil
 }
 
 func (fs *FS) lookupEntry(dir *Node, e *DirEntry, st *unix.Stat_t) (*Node, error) {
@@ -633,38 +648,66 @@ func (fs *FS) lookupEntry(dir *Node, e *DirEntry, st *unix.Stat_t) (*Node, error
 // touched notes that names in dir changed. The caller holds dir.mu.
 func (dir *Node) touched() { dir.changes.Add(1) }
 
-// Changed tells the engine that the directory may have changed directly on
-// a branch: its listing and, if name is not empty, the child of that name are
-// found again. It returns the known child.
-func (fs *FS) Changed(dir *Node, name string) *Node {
+// A Change says what a direct change of a branch means for the union.
+type Change struct {
+	Name   string // what to look up again in the directory; "" for nothing
+	Child  *Node  // the known child of that name
+	Merged bool   // Child, or the directory itself, merges other directories now
+}
+
+// Changed tells the engine that name in dir, or with an empty name dir itself,
+// may have changed directly on a branch. What it knows of the listing and of
+// a directory of that name is found again.
+func (fs *FS) Changed(dir *Node, name string) Change {
+	target, self := name, name == ""
+	if name != "" {
+		target, self = fs.format.Concerns(name)
+	}
+	c := Change{Name: target}
 	fs.tabMu.Lock()
-	defer fs.tabMu.Unlock()
 	dir.changes.Add(1)
 	dir.snap = nil
-	n := dir.kids[name]
-	if n != nil && n.IsDir() {
-		n.stale.Store(true)
+	if target != "" {
+		c.Child = dir.kids[target]
 	}
-	return n
+	if len(dir.insts) > 1 {
+		fs.counted.Store(false) // a name may have been hidden, or shown again
+	}
+	fs.tabMu.Unlock()
+	switch {
+	case self:
+		c.Merged = fs.remerge(dir)
+	case c.Child != nil && c.Child.IsDir():
+		c.Merged = fs.remerge(c.Child)
+	}
+	if c.Merged {
+		below := dir
+		if !self {
+			below = c.Child
+		}
+		fs.eachBelow(below, func(n *Node) { n.stale.Store(n.IsDir()); n.snap = nil; n.changes.Add(1) })
+	}
+	return c
+}
+
+// remerge finds the instances of dir again and reports whether they are others
+// than before, also if a lookup was faster to find out.
+func (fs *FS) remerge(dir *Node) bool {
+	fs.stackMu.RLock()
+	defer fs.stackMu.RUnlock()
+	if dir == fs.root {
+		return false // its instances are the branches
+	}
+	dir.stale.Store(true)
+	if _, err := fs.insts(dir); err != nil {
+		dir.stale.Store(true)
+	}
+	return dir.remerged.Swap(false)
 }
 
 // ChangedAll is Changed for every known directory.
 func (fs *FS) ChangedAll() {
 	fs.eachNode(func(n *Node) { n.stale.Store(n.IsDir()); n.snap = nil; n.changes.Add(1) })
-}
-
-// ChangedBelow is Changed for every known directory from dir down.
-func (fs *FS) ChangedBelow(dir *Node) {
-	fs.eachBelow(dir, func(n *Node) { n.stale.Store(n.IsDir()); n.snap = nil; n.changes.Add(1) })
-}
-
-// Survives reports whether n is a directory that may stay one when one of its
-// instances comes or goes.
-func (n *Node) Survives() bool {
-	n.fs.stackMu.RLock()
-	defer n.fs.stackMu.RUnlock()
-	is := n.instList()
-	return len(is) > 1 || len(is) == 1 && is[0].br.perm == RW
 }
 
 // eachNode calls f for every node that can be reached from the root, under

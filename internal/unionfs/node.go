@@ -56,13 +56,15 @@ type Node struct {
 	refs atomic.Int64 // references by callers, plus one per node in kids
 
 	// FS.tabMu guards what follows.
-	insts   []*inst // directories: top first; replaced, never changed
-	parent  *Node   // directories: nil for the root
-	name    string
-	kids    map[string]*Node // known children, without a reference
-	snap    *listing
-	stale   atomic.Bool   // insts must be found again
-	changes atomic.Uint64 // counts changes of names
+	insts  []*inst // directories: top first; replaced, never changed
+	parent *Node   // directories: nil for the root
+	name   string
+	kids   map[string]*Node // known children, without a reference
+	snap   *listing
+	stale  atomic.Bool // insts must be found again
+
+	remerged atomic.Bool   // insts changed since Changed asked
+	changes  atomic.Uint64 // counts changes of names
 
 	links   []link  // non-directories
 	br      *Branch // where a non-directory lies

@@ -70,6 +70,15 @@ func (Overlay) Listed(name string, typ uint8, wh bool) (Kind, string) {
 	return Entry, ""
 }
 
+// Concerns is the name itself; a directory's own change of attributes tells of
+// the opaque xattr.
+func (Overlay) Concerns(name string) (string, bool) {
+	if hasPrefix(name, whMeta) {
+		return "", false
+	}
+	return name, false
+}
+
 // XattrWhiteouts reports whether the directory may hold whiteouts that are
 // files: overlayfs marks it with opaque=x (Linux 6.8), or whiteouts (6.7).
 func (f Overlay) XattrWhiteouts(fd int) bool {
