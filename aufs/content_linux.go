@@ -13,6 +13,7 @@ import (
 	"github.com/layerfs/layerfs/archive"
 	"github.com/layerfs/layerfs/internal/feature"
 	"github.com/layerfs/layerfs/internal/lifecycle"
+	"github.com/layerfs/layerfs/internal/merged"
 	"github.com/layerfs/layerfs/internal/tree"
 	"github.com/layerfs/layerfs/whiteout"
 )
@@ -99,7 +100,7 @@ func (m *mechanism) NativeChanges(ctx context.Context, chain lifecycle.Chain, ba
 			yield(layerfs.Change{}, err)
 			return
 		}
-		compare(ctx, m.branches(chain), base)(func(d difference, err error) bool { return yield(d.Change, err) })
+		merged.Changes(ctx, rules{}, m.branches(chain), base)(yield)
 	}
 }
 
@@ -115,11 +116,11 @@ func (m *mechanism) NativeDiff(ctx context.Context, w io.Writer, chain lifecycle
 		return err
 	}
 	var changes []layerfs.Change
-	for d, err := range compare(ctx, m.branches(chain), base) {
+	for d, err := range merged.Compare(ctx, rules{}, m.branches(chain), base) {
 		if err != nil {
 			return err
 		}
-		if d.Kind != layerfs.Deleted && d.layer != 0 {
+		if d.Kind != layerfs.Deleted && d.Layer != 0 {
 			return fmt.Errorf("%s is uncovered by the layer: %w", d.Path, lifecycle.ErrDecline)
 		}
 		changes = append(changes, d.Change)

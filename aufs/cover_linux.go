@@ -4,10 +4,10 @@ import (
 	"context"
 	"errors"
 	"os"
-	"path"
 
 	"golang.org/x/sys/unix"
 
+	"github.com/layerfs/layerfs/internal/merged"
 	"github.com/layerfs/layerfs/whiteout"
 )
 
@@ -20,12 +20,12 @@ func cover(ctx context.Context, branch string, lowers []string) error {
 	if len(lowers) < 2 {
 		return nil
 	}
-	m, err := openMerged(lowers)
+	m, err := merged.Open(rules{}, lowers)
 	if err != nil {
 		return err
 	}
-	defer m.close()
-	below, err := m.root(0)
+	defer m.Close()
+	below, err := m.Root(0)
 	if err != nil {
 		return err
 	}
@@ -34,10 +34,10 @@ func cover(ctx context.Context, branch string, lowers []string) error {
 		return err
 	}
 	defer root.Close()
-	return coverDir(ctx, m, root, below.places)
+	return coverDir(ctx, m, root, below.Places)
 }
 
-func coverDir(ctx context.Context, m *merged, dir *os.File, below []place) error {
+func coverDir(ctx context.Context, m *merged.Tree, dir *os.File, below []merged.Place) error {
 	if err := context.Cause(ctx); err != nil {
 		return err
 	}
@@ -64,16 +64,14 @@ func coverDir(ctx context.Context, m *merged, dir *os.File, below []place) error
 	return nil
 }
 
-func coverOne(ctx context.Context, m *merged, parent *os.File, name string, below *node) error {
-	fd, err := openat(int(parent.Fd()), name, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW)
-	full := path.Join(parent.Name(), name)
+func coverOne(ctx context.Context, m *merged.Tree, parent *os.File, name string, below *merged.Node) error {
+	dir, err := merged.OpenAt(parent, name, unix.O_RDONLY|unix.O_DIRECTORY)
 	if err != nil {
-		return &os.PathError{Op: "openat", Path: full, Err: err}
+		return err
 	}
-	dir := os.NewFile(uintptr(fd), full)
 	defer dir.Close()
-	if below.isDir() {
-		return coverDir(ctx, m, dir, below.places)
+	if below.IsDir() {
+		return coverDir(ctx, m, dir, below.Places)
 	}
 	return keepTimes(procPath(dir)+"/.", func() error { return whiteout.SetOpaque(dir, whiteout.AUFS) })
 }
@@ -94,14 +92,14 @@ func subdirs(dir *os.File) ([]string, error) {
 }
 
 // lookupAll finds names in a merged directory.
-func lookupAll(m *merged, places []place, names []string) (nodes []*node, err error) {
-	d, err := m.dir(places)
+func lookupAll(m *merged.Tree, places []merged.Place, names []string) (nodes []*merged.Node, err error) {
+	d, err := m.Dir(places)
 	if err != nil {
 		return nil, err
 	}
-	defer d.close()
+	defer d.Close()
 	for _, name := range names {
-		n, err := d.lookup(name)
+		n, err := d.Lookup(name)
 		if err != nil && !errors.Is(err, unix.ENAMETOOLONG) {
 			return nil, err
 		}

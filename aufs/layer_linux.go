@@ -95,39 +95,17 @@ func (m *mechanism) syncLayer(id string) error {
 		return nil
 	}
 	for _, path := range []string{m.branch(id), m.ancestry(id), m.home + "/diff", m.home + "/layers", m.home + "/mnt"} {
-		if err := syncPath(path); err != nil {
+		if err := sys.Fsync(path); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-func syncPath(path string) error {
-	f, err := os.Open(path)
-	if err != nil {
-		return err
-	}
-	return errors.Join(f.Sync(), f.Close())
-}
-
 // Sync writes the whole file system back: a layer's files cannot be told from
 // others in the page cache.
 func (m *mechanism) Sync(_ context.Context, rec *lifecycle.Record) error {
-	f, err := os.Open(m.branch(rec.ID))
-	if err != nil {
-		return err
-	}
-	defer f.Close()
-	for {
-		err := unix.Syncfs(int(f.Fd()))
-		switch {
-		case err == nil:
-			return nil
-		case errors.Is(err, unix.EINTR):
-			continue
-		}
-		return &os.PathError{Op: "syncfs", Path: f.Name(), Err: err}
-	}
+	return sys.Syncfs(m.branch(rec.ID))
 }
 
 // Delete removes a layer's files. The mount point goes first, by a call that

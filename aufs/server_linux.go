@@ -10,6 +10,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/layerfs/layerfs/internal/mount"
+	"github.com/layerfs/layerfs/internal/sys"
 )
 
 // A process that is killed while one of its own threads waits for an answer of
@@ -94,7 +95,7 @@ func abort(connection int) error {
 		return os.NewSyscallError("fsmount fusectl", err)
 	}
 	defer unix.Close(root)
-	fd, err := openat(root, strconv.Itoa(connection)+"/abort", unix.O_WRONLY)
+	fd, err := sys.Openat(root, strconv.Itoa(connection)+"/abort", unix.O_WRONLY, 0)
 	if errors.Is(err, unix.ENOENT) {
 		return nil // it has ended
 	}

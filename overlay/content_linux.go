@@ -12,6 +12,7 @@ import (
 	"github.com/layerfs/layerfs/archive"
 	"github.com/layerfs/layerfs/internal/feature"
 	"github.com/layerfs/layerfs/internal/lifecycle"
+	"github.com/layerfs/layerfs/internal/merged"
 	"github.com/layerfs/layerfs/internal/tree"
 	"github.com/layerfs/layerfs/whiteout"
 )
@@ -104,7 +105,7 @@ func isEmpty(dir string) (bool, error) {
 
 // NativeChanges reads the upper directories.
 func (m *mechanism) NativeChanges(ctx context.Context, chain lifecycle.Chain, base int) iter.Seq2[layerfs.Change, error] {
-	return compare(ctx, m.rules(), m.uppers(chain), base)
+	return merged.Changes(ctx, m.rules(), m.uppers(chain), base)
 }
 
 func (m *mechanism) rules() rules {

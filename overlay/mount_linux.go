@@ -5,6 +5,7 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -206,7 +207,7 @@ func (m *mechanism) View(ctx context.Context, chain lifecycle.Chain) (lifecycle.
 		return lifecycle.View{}, err
 	}
 	// The dot makes it a directory to those who do not follow links.
-	return lifecycle.View{Path: procPath(f) + "/.", Release: f.Close}, nil
+	return lifecycle.View{Path: "/proc/self/fd/" + strconv.Itoa(int(f.Fd())) + "/.", Release: f.Close}, nil
 }
 
 // Mounts holds a layer and returns the mounts that show it: one overlay, or for
