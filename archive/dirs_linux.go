@@ -60,7 +60,10 @@ type node struct {
 	defACL   bool // has a default ACL
 	touched  bool // its modification time was changed
 	queued   bool // is in extractor.finish
+	locked   bool // had a mode, lockedMode, that kept its owner out
 	lowersOK bool // lowers is known
+
+	lockedMode uint32
 
 	children map[string]*node
 	made     map[string]made

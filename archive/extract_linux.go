@@ -102,6 +102,7 @@ func extractLinux(ctx context.Context, p *parser, dir string, opts *ApplyOptions
 		x.lowers = append(x.lowers, lowerLayer{root})
 	}
 	if err := x.inspect(x.dirs.root); err != nil {
+		x.relock()
 		return res, err
 	}
 	n := opts.Workers
@@ -119,6 +120,9 @@ func extractLinux(ctx context.Context, p *parser, dir string, opts *ApplyOptions
 	}
 	if werr := x.workerError(); werr != nil {
 		err = werr
+	}
+	if err != nil {
+		x.relock()
 	}
 	res.Skipped = x.skipped
 	return res, err
@@ -523,6 +527,11 @@ func (x *extractor) inspect(n *node) error {
 	n.old = true
 	n.final.times = true
 	n.final.atime, n.final.mtime = st.Atim, st.Mtim
+	if x.euid != 0 && st.Uid == x.euid && st.Mode&0o700 != 0o700 {
+		if d, err = x.unlock(n, st.Mode); err != nil {
+			return err
+		}
+	}
 	if _, ok, err := getXattr(d.fd, aclDefault); err != nil {
 		return pathError("getxattr", n.path(), err)
 	} else if ok {
@@ -545,6 +554,36 @@ func (x *extractor) inspect(n *node) error {
 		}
 	}
 	return nil
+}
+
+// unlock gives the owner of a directory, who is no root, the permissions to work
+// in it until the end.
+func (x *extractor) unlock(n *node, mode uint32) (*dirFD, error) {
+	d, err := x.dirs.get(n)
+	if err != nil {
+		return nil, err
+	}
+	if err := unix.Chmod(procPath(d.fd), mode&0o7777|0o700); err != nil {
+		return nil, pathError("chmod", n.path(), err)
+	}
+	n.locked, n.lockedMode = true, mode&0o7777
+	n.final.chmod, n.final.mode = true, n.lockedMode
+	x.queue(n)
+	x.dirs.closeNode(n) // may have been opened without permission to read
+	return x.dirs.get(n)
+}
+
+// relock gives the directories their permissions back after a failure.
+func (x *extractor) relock() {
+	slices.SortStableFunc(x.finish, func(a, b *node) int { return b.depth - a.depth })
+	for _, n := range x.finish {
+		if !n.locked || n.dead {
+			continue
+		}
+		if d, err := x.dirs.get(n); err == nil {
+			_ = unix.Chmod(procPath(d.fd), n.lockedMode)
+		}
+	}
 }
 
 // touch says that the modification time of n must be set at the end.

@@ -2,7 +2,9 @@ package archive
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"strings"
 	"sync"
@@ -581,5 +583,23 @@ func removeAll(dir int, name string) error {
 		return err
 	}
 	defer root.Close()
-	return root.RemoveAll(name)
+	err = root.RemoveAll(name)
+	if errors.Is(err, unix.EACCES) && unix.Geteuid() != 0 {
+		if err := unlockAll(root, name); err != nil {
+			return err
+		}
+		err = root.RemoveAll(name)
+	}
+	return err
+}
+
+// unlockAll gives the owner of directories, who is no root, the permissions to
+// remove what is in them.
+func unlockAll(root *os.Root, name string) error {
+	return fs.WalkDir(root.FS(), name, func(p string, d fs.DirEntry, err error) error {
+		if err != nil || !d.IsDir() {
+			return err
+		}
+		return root.Chmod(p, 0o700)
+	})
 }

@@ -52,6 +52,55 @@ func TestUnprivileged(t *testing.T) {
 	})
 }
 
+// TestUnprivilegedClosed: a user adds to, deletes from and removes directories
+// of their own that are closed to them, as a lower layer may have left them.
+func TestUnprivilegedClosed(t *testing.T) {
+	testenv.Unprivileged(t, func(t *testing.T) {
+		opts := &archive.ApplyOptions{ApplyOptions: layerfs.ApplyOptions{IgnoreOwners: true}}
+		dir := filepath.Join(t.TempDir(), "tree")
+		require.NoError(t, os.Mkdir(dir, 0o755))
+		t.Cleanup(func() {
+			_ = filepath.WalkDir(dir, func(p string, d os.DirEntry, err error) error {
+				if d != nil && d.IsDir() {
+					return os.Chmod(p, 0o700)
+				}
+				return err
+			})
+		})
+		mode := func(name string) os.FileMode {
+			fi, err := os.Lstat(filepath.Join(dir, name))
+			require.NoError(t, err)
+			return fi.Mode().Perm()
+		}
+		base := makeTar(t, dirEntry("closed", 0o555), fileEntry("closed/old", "x"), dirEntry("closed/sub", 0), fileEntry("closed/sub/f", "x"),
+			dirEntry("gone", 0), dirEntry("gone/deep", 0o555), fileEntry("gone/deep/f", "x"), dirEntry("redone", 0o500), fileEntry("redone/f", "x"))
+		require.NoError(t, applyBytes(t, dir, base, opts))
+		broken := makeTar(t, fileEntry("closed/new", "y"), fileEntry("closed/sub/g", "y"))
+		require.Error(t, applyBytes(t, dir, broken[:len(broken)-1700], opts), "truncated")
+		assert.Equal(t, os.FileMode(0o555), mode("closed"), "after a failure")
+
+		before, err := os.Stat(filepath.Join(dir, "closed"))
+		require.NoError(t, err)
+		next := makeTar(t, fileEntry("closed/new", "y"), fileEntry("closed/.wh.old", ""), fileEntry("closed/sub/g", "y"),
+			fileEntry(".wh.gone", ""), dirEntry("redone", 0o511), fileEntry("redone/.wh..wh..opq", ""), fileEntry("redone/g", "z"))
+		require.NoError(t, applyBytes(t, dir, next, opts))
+		after, err := os.Stat(filepath.Join(dir, "closed"))
+		require.NoError(t, err)
+		assert.Equal(t, os.FileMode(0o555), mode("closed"))
+		assert.Equal(t, os.FileMode(0o511), mode("redone"))
+		assert.Equal(t, before.ModTime(), after.ModTime(), "the time of a directory that the stream does not have")
+		assert.NoFileExists(t, filepath.Join(dir, "closed/old"))
+		assert.FileExists(t, filepath.Join(dir, "closed/new"))
+		assert.NoDirExists(t, filepath.Join(dir, "gone"))
+		assert.NoFileExists(t, filepath.Join(dir, "redone/f"))
+		assert.FileExists(t, filepath.Join(dir, "redone/g"))
+		assert.Zero(t, mode("closed/sub"))
+		require.NoError(t, os.Chmod(filepath.Join(dir, "closed/sub"), 0o700))
+		assert.FileExists(t, filepath.Join(dir, "closed/sub/f"))
+		assert.FileExists(t, filepath.Join(dir, "closed/sub/g"))
+	})
+}
+
 // TestUserNamespace: root of a user namespace makes the whiteouts of overlay
 // mounts with userxattr.
 func TestUserNamespace(t *testing.T) {
