@@ -103,7 +103,7 @@ func (s *stage) mount(t testing.TB, cfg union.Config) *stage {
 	require.NoError(t, err)
 	s.Handle = h
 	var st unix.Stat_t
-	dog := time.AfterFunc(2*time.Minute, func() { abort(st.Dev) })
+	dog := time.AfterFunc(6*time.Minute, func() { abort(st.Dev) })
 	require.NoError(t, unix.Stat(s.mnt, &st))
 	t.Cleanup(func() {
 		ctx, cancel := context.WithTimeout(bg, 10*time.Second)
@@ -190,7 +190,7 @@ func missing(p string) bool {
 
 func sh(t testing.TB, script string, args ...string) string {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(bg, time.Minute)
+	ctx, cancel := context.WithTimeout(bg, 4*time.Minute)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, "sh", append([]string{"-ec", script, "sh"}, args...)...)
 	var out bytes.Buffer

@@ -36,6 +36,13 @@ func TestMain(m *testing.M) {
 		fmt.Println(time.Since(start).Seconds())
 		os.Exit(0)
 	}
+	if arg := os.Getenv(historyEnv); arg != "" {
+		if err := historyClient(arg); err != nil {
+			fmt.Println(err)
+			os.Exit(1)
+		}
+		os.Exit(0)
+	}
 	if d := os.Getenv(serverEnv); d != "" {
 		serve(d)
 	}
