@@ -19,7 +19,9 @@
 // # What differs from AUFS
 //
 // A file is copied up when it is opened for writing, and a descriptor opened
-// before that keeps the old content while data is passed through. Directory
+// before that keeps the old content while data is passed through; its locks do
+// not meet those of descriptors opened after it (they do with
+// Config.NoPassthrough). Directory
 // permissions are those of the topmost instance (AUFS's dirperm1). New files
 // go to the topmost writable branch (create=tdp). Renaming a directory that has
 // something on a lower branch is EXDEV, as in AUFS.
