@@ -30,12 +30,12 @@ func (m *mechanism) makeBase(ctx context.Context, s *poolState) (err error) {
 		return err
 	}
 	m.step("base: create")
-	_, err = m.ctl.Message(m.pool, 0, dm.CreateThin(baseID))
+	err = m.message(dm.CreateThin(baseID))
 	if errors.Is(err, unix.EEXIST) {
 		if err := m.deleteThin(baseID); err != nil {
 			return err
 		}
-		_, err = m.ctl.Message(m.pool, 0, dm.CreateThin(baseID))
+		err = m.message(dm.CreateThin(baseID))
 	}
 	if err != nil {
 		return err

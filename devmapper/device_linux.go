@@ -159,7 +159,7 @@ func (m *mechanism) snapshot(ctx context.Context, path string, origin uint32, or
 // unmounted.
 func (m *mechanism) takeSnapshot(ctx context.Context, n, origin uint32, originName string) error {
 	message := func() error {
-		_, err := m.ctl.Message(m.pool, 0, dm.CreateSnap(n, origin))
+		err := m.message(dm.CreateSnap(n, origin))
 		if errors.Is(err, unix.ENODATA) || errors.Is(err, unix.EINVAL) {
 			err = fmt.Errorf("device %d is not in the pool: %w", origin, err)
 		}
@@ -196,7 +196,7 @@ func (m *mechanism) takeSnapshot(ctx context.Context, n, origin uint32, originNa
 
 // deleteThin deletes a device of the pool, which may not be there.
 func (m *mechanism) deleteThin(n uint32) error {
-	_, err := m.ctl.Message(m.pool, 0, dm.DeleteThin(n))
+	err := m.message(dm.DeleteThin(n))
 	if errors.Is(err, unix.ENODATA) {
 		return nil
 	}
@@ -458,6 +458,9 @@ func (m *mechanism) sweepMetadata() error {
 	if err != nil {
 		return err
 	}
+	if err := m.whole(md, path); err != nil {
+		return err
+	}
 	claims, err := m.claims()
 	if err != nil {
 		return err
@@ -478,6 +481,38 @@ func (m *mechanism) sweepMetadata() error {
 		}
 	}
 	return nil
+}
+
+// whole makes sure that what the pool is on is as large as its metadata says.
+// The kernel says so too, but in its log alone.
+func (m *mechanism) whole(md *thin.Metadata, metadata string) error {
+	data := m.opts.DataDevice
+	if data == "" {
+		data = m.dataFile()
+	}
+	for _, p := range []struct {
+		path string
+		size int64
+	}{
+		{data, int64(md.DataBlocks) * int64(md.BlockSectors) * dm.SectorSize},
+		{metadata, int64(md.MetadataBlocks) * thin.BlockSize},
+	} {
+		n, err := sizeOf(p.path)
+		if errors.Is(err, fs.ErrNotExist) {
+			return nil // told by attach
+		}
+		if err != nil {
+			return err
+		}
+		if n < p.size {
+			return truncated(p.path, n, p.size)
+		}
+	}
+	return nil
+}
+
+func truncated(path string, size, want int64) error {
+	return fmt.Errorf("%s has %d bytes, but the pool has %d: it was truncated, and what was in the rest is lost; with its former size the pool can be opened", path, size, want)
 }
 
 // sweep mends what a crash left, apart from layers, which the shared life cycle

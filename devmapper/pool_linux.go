@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"os/exec"
@@ -287,6 +288,9 @@ func (m *mechanism) reusePool(info dm.Info) error {
 	m.metadataPath = p.Metadata
 	if m.opts.files() {
 		m.metadataPath = m.metadataFile()
+		if n, err := sizeOf(m.dataFile()); err == nil && n < int64(ts[0].Length)*dm.SectorSize {
+			return truncated(m.dataFile(), n, int64(ts[0].Length)*dm.SectorSize)
+		}
 		for path, dev := range map[string]string{m.dataFile(): p.Data, m.metadataFile(): p.Metadata} {
 			if err := below(path, dev); err != nil {
 				return fmt.Errorf("pool %s is active, but %w", m.pool, err)
@@ -297,7 +301,7 @@ func (m *mechanism) reusePool(info dm.Info) error {
 	if err != nil {
 		return err
 	}
-	return m.healthy(st)
+	return m.relieve(st)
 }
 
 // below makes sure that a device of a table is a loop device of the file.
@@ -329,9 +333,44 @@ func (m *mechanism) healthy(st dm.PoolStatus) error {
 	case st.Mode == dm.PoolFail || st.Mode == dm.PoolError:
 		return fmt.Errorf("pool %s has failed (%s): see the kernel's log; thin_check and thin_repair work on %s when it is not active", m.pool, st.Mode, m.metadataPath)
 	case st.Mode == dm.PoolReadOnly:
-		return fmt.Errorf("pool %s is read-only: its metadata is full or could not be written", m.pool)
+		// The kernel sets NeedsCheck if it could not write.
+		return fmt.Errorf("pool %s is read-only, because its metadata is full (%d of %d blocks): %s must be larger, or ExtendThreshold set: %w",
+			m.pool, st.UsedMeta, st.TotalMeta, m.metadataPath, unix.ENOSPC)
 	}
 	return nil
+}
+
+// relieve makes a pool larger that is to be extended and is full already. The
+// caller has the pool's lock.
+func (m *mechanism) relieve(st dm.PoolStatus) error {
+	err := m.healthy(st)
+	if err == nil || st.Mode != dm.PoolReadOnly || st.NeedsCheck || m.opts.ExtendThreshold == 0 {
+		return err
+	}
+	if _, err := m.extendPool(); err != nil {
+		return err
+	}
+	if st, err = m.poolStatus(false); err != nil {
+		return err
+	}
+	return m.healthy(st)
+}
+
+// message sends a message to the pool. One that cannot change its metadata
+// answers EOPNOTSUPP, which is replaced by the reason.
+func (m *mechanism) message(text string) error {
+	_, err := m.ctl.Message(m.pool, 0, text)
+	if !errors.Is(err, unix.EOPNOTSUPP) {
+		return err
+	}
+	st, serr := m.poolStatus(true)
+	if serr != nil {
+		return fmt.Errorf("%s: %v; its status: %w", text, err, serr)
+	}
+	if herr := m.healthy(st); herr != nil {
+		return fmt.Errorf("%s: %w", text, herr)
+	}
+	return fmt.Errorf("%s: %v", text, err)
 }
 
 // errNeedsCheck says that the kernel found the metadata wanting.
@@ -397,7 +436,7 @@ func (m *mechanism) loadPool(ctx context.Context, fresh bool) (err error) {
 	m.poolDev = info.Device
 	st, err := m.poolStatus(false)
 	if err == nil {
-		err = m.healthy(st)
+		err = m.relieve(st)
 	}
 	if err != nil {
 		if rerr := m.removeDevice(ctx, m.pool); rerr != nil {
@@ -495,13 +534,14 @@ func wipe(path string) error {
 	return errors.Join(err, f.Sync(), f.Close())
 }
 
+// sizeOf returns the size of a file or block device in bytes.
 func sizeOf(path string) (int64, error) {
 	f, err := os.Open(path)
 	if err != nil {
 		return 0, err
 	}
-	n, err := dm.Size(f)
-	return int64(n), errors.Join(err, f.Close())
+	n, err := f.Seek(0, io.SeekEnd)
+	return n, errors.Join(err, f.Close())
 }
 
 // checkMetadata runs thin_check on the metadata of a pool that is not active.
@@ -566,8 +606,7 @@ func (m *mechanism) checkTransaction(s poolState) error {
 	case s.Transaction:
 		return nil
 	case s.Transaction - 1: // a crash between the two
-		_, err := m.ctl.Message(m.pool, 0, dm.SetTransactionID(st.TransactionID, s.Transaction))
-		return err
+		return m.message(dm.SetTransactionID(st.TransactionID, s.Transaction))
 	}
 	return fmt.Errorf("the pool %s has transaction id %d, but pool.json says %d: pool and root are not of the same time", m.pool, st.TransactionID, s.Transaction)
 }
@@ -600,7 +639,7 @@ func (m *mechanism) reserve(ctx context.Context) (first uint32, err error) {
 		return 0, err
 	}
 	m.step("reserve: message")
-	if _, err := m.ctl.Message(m.pool, 0, dm.SetTransactionID(s.Transaction-1, s.Transaction)); err != nil {
+	if err := m.message(dm.SetTransactionID(s.Transaction-1, s.Transaction)); err != nil {
 		return 0, fmt.Errorf("transaction %d of the pool: %w", s.Transaction, err)
 	}
 	m.step("reserve: done")

@@ -127,11 +127,16 @@ func (m *mechanism) extend(ctx context.Context) error {
 		return err
 	}
 	defer unlock()
+	_, err = m.extendPool()
+	return err
+}
+
+// extendPool does the work of extend and reports whether there was any.
+func (m *mechanism) extendPool() (grown bool, err error) {
 	st, err := m.poolStatus(true)
 	if err != nil {
-		return err
+		return false, err
 	}
-	grown := false
 	for _, f := range []struct {
 		path        string
 		used, total uint64
@@ -140,14 +145,14 @@ func (m *mechanism) extend(ctx context.Context) error {
 			continue
 		}
 		if err := m.enlarge(f.path); err != nil {
-			return err
+			return grown, err
 		}
 		grown = true
 	}
 	if !grown {
-		return nil
+		return false, nil
 	}
-	return m.reloadPool()
+	return true, m.reloadPool()
 }
 
 // maxMetadata is the most that a pool's metadata can use,
@@ -167,9 +172,11 @@ func (m *mechanism) enlarge(path string) error {
 			return fmt.Errorf("%s cannot be larger: %w", path, unix.EFBIG)
 		}
 	}
+	m.step("extend: file")
 	if err := os.Truncate(path, size); err != nil {
 		return err
 	}
+	m.step("extend: loop device")
 	d, err := loopOf(path)
 	if err != nil {
 		return err
@@ -198,6 +205,7 @@ func (m *mechanism) reloadPool() error {
 	if err != nil {
 		return err
 	}
+	m.step("extend: load")
 	if _, err := m.ctl.Load(m.pool, []dm.Target{t}, false); err != nil {
 		return err
 	}

@@ -51,6 +51,8 @@ type Metadata struct {
 	BlockSectors uint32
 	// DataBlocks is the number of blocks of the pool.
 	DataBlocks uint64
+	// MetadataBlocks is the number of blocks of the metadata itself.
+	MetadataBlocks uint64
 
 	mappings, details uint64 // roots
 }
@@ -75,6 +77,7 @@ func Open(r io.ReaderAt, root uint64) (*Metadata, error) {
 	m.Time = u32(b[44:])
 	m.TransactionID = u64(b[48:])
 	m.DataBlocks = u64(b[64:])
+	m.MetadataBlocks = u64(b[192:])
 	m.mappings, m.details = u64(b[320:]), u64(b[328:])
 	m.BlockSectors = u32(b[336:])
 	if s := u32(b[340:]); s != BlockSize/512 && s != BlockSize {
