@@ -14,16 +14,22 @@ import (
 	"github.com/layerfs/layerfs/overlay"
 )
 
+// helper is the command that makes this test program the helper.
+var helper = []string{"/proc/self/exe"}
+
 // BenchmarkLifeCycle is a container's: create, get, put, remove, beside that of
 // the kernel's overlayfs.
 func BenchmarkLifeCycle(b *testing.B) {
 	testenv.RequireRoot(b)
 	for name, open := range map[string]func(root string) (layerfs.Driver, error){
 		"aufs": func(root string) (layerfs.Driver, error) {
-			return New(root, &Options{Engine: FUSE, Durability: layerfs.DurabilityNone})
+			return New(root, &Options{Engine: FUSE, Helper: helper, Durability: layerfs.DurabilityNone})
+		},
+		"aufs-inprocess": func(root string) (layerfs.Driver, error) {
+			return New(root, &Options{Engine: FUSE, InProcess: true, Durability: layerfs.DurabilityNone})
 		},
 		"aufs-live": func(root string) (layerfs.Driver, error) {
-			return New(root, &Options{Engine: FUSE, Durability: layerfs.DurabilityNone, LiveBase: true})
+			return New(root, &Options{Engine: FUSE, Helper: helper, Durability: layerfs.DurabilityNone, LiveBase: true})
 		},
 		"overlay": func(root string) (layerfs.Driver, error) {
 			return overlay.New(root, &overlay.Options{Durability: layerfs.DurabilityNone})

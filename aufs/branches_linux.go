@@ -120,15 +120,11 @@ func (d *Driver) Branches(ctx context.Context, id string) (branches []union.Bran
 // before the call shows in the mounted layer. With the kernel's AUFS and
 // [union.Notify] a change always does at the next access; then it does nothing.
 func (d *Driver) SyncBranches(ctx context.Context, id string) error {
-	e, ok := d.m.engine.(*fuseEngine)
-	if !ok {
-		return nil
+	err := layerfs.CheckID(id)
+	if err == nil {
+		err = d.m.engine.sync(ctx, d.m.Path(id))
 	}
-	h := e.handle(d.m.Path(id))
-	if h == nil {
-		return &layerfs.Error{Op: "sync branches", Driver: name, ID: id, Err: errElsewhere}
-	}
-	if err := h.Sync(ctx); err != nil {
+	if err != nil {
 		return &layerfs.Error{Op: "sync branches", Driver: name, ID: id, Err: err}
 	}
 	return nil

@@ -1,8 +1,6 @@
 package aufs_test
 
 import (
-	"flag"
-	"fmt"
 	"os"
 	"path/filepath"
 	"sync"
@@ -18,34 +16,25 @@ import (
 	"github.com/layerfs/layerfs/vfs"
 )
 
+// helper is the command that makes this test program the helper.
+var helper = []string{"/proc/self/exe"}
+
 func TestMain(m *testing.M) {
-	drivertest.Child(harness(), live(), kernel())
-	if !testenv.Required("aufs") {
-		withoutMounts()
-	}
+	aufs.Main()
+	drivertest.Child(harness(), live(), inProcess(), kernel())
 	os.Exit(testenv.Main(m))
 }
 
-// withoutMounts leaves the tests that need no mount. A test program that is
-// killed while it serves a union and has files open in it waits for itself for
-// ever, until somebody aborts the connection in /sys/fs/fuse/connections. Until
-// unions are served by a process of their own, that is nothing to do to a
-// machine unasked.
-func withoutMounts() {
-	flag.Parse()
-	const pure = "^(TestKernelData|TestKernelDataPages|TestKernelSequence|TestReadBranches|TestVerb|TestParse.*|TestServer|TestOptions)$"
-	if err := flag.Set("test.run", pure); err != nil {
-		panic(err)
-	}
-	fmt.Println("aufs: only what needs no mount is tested; LAYERFS_REQUIRE=aufs tests all")
-}
-
 func harness() drivertest.Harness {
-	return withOptions("aufs", &aufs.Options{Engine: aufs.FUSE, Durability: layerfs.DurabilityNone})
+	return withOptions("aufs", &aufs.Options{Engine: aufs.FUSE, Helper: helper, Durability: layerfs.DurabilityNone})
 }
 
 func live() drivertest.Harness {
-	return withOptions("aufs-live", &aufs.Options{Engine: aufs.FUSE, Durability: layerfs.DurabilityFull, LiveBase: true})
+	return withOptions("aufs-live", &aufs.Options{Engine: aufs.FUSE, Helper: helper, Durability: layerfs.DurabilityFull, LiveBase: true})
+}
+
+func inProcess() drivertest.Harness {
+	return withOptions("aufs-inprocess", &aufs.Options{Engine: aufs.FUSE, InProcess: true, Durability: layerfs.DurabilityNone})
 }
 
 func kernel() drivertest.Harness {
@@ -55,7 +44,6 @@ func kernel() drivertest.Harness {
 // Rules are those of the AUFS documents, by section and number as in the tests
 // of package union.
 const (
-	specials = "the union changes the times of a directory when it copies up a symbolic link, fifo, socket or device in it, against rule 5 B7"
 	longName = "names of more than 242 bytes have no whiteout with a temporary name, rule 1 F2"
 )
 
@@ -70,13 +58,6 @@ func withOptions(name string, opts *aufs.Options) drivertest.Harness {
 			"Names":                longName,
 			"DeleteLongNames":      longName,
 			"OpenFileSeesWrites":   "a file opened before its copy-up keeps the old content while data is passed through, rule 6 B7",
-			"HardLinkCounts":       "the union counts the names of a lower file that have whiteouts, too",
-			"NanosecondTimes":      specials,
-			"Chown":                specials,
-			"Xattrs":               specials,
-			"Specials":             specials,
-			"Fifos":                specials,
-			"UnixSockets":          specials,
 		},
 	}
 }
@@ -92,8 +73,13 @@ func requireEngine(t testing.TB, h drivertest.Harness) {
 
 func TestConformance(t *testing.T) {
 	requireEngine(t, harness())
-	endDead(t)
 	drivertest.Run(t, harness())
+}
+
+func TestConformanceInProcess(t *testing.T) {
+	requireEngine(t, inProcess())
+	endDead(t)
+	drivertest.Run(t, inProcess())
 }
 
 // endDead is the other process that a process needs to end if it was killed
@@ -120,7 +106,6 @@ func endDead(t *testing.T) {
 
 func TestConformanceLiveBase(t *testing.T) {
 	requireEngine(t, live())
-	endDead(t)
 	drivertest.Run(t, live())
 }
 

@@ -145,14 +145,13 @@ func (m *mechanism) choose() error {
 	if err != nil {
 		return errors.Join(refused, err)
 	}
-	e, err := newFUSE(settings{
-		udba: m.opts.UDBA, dio: true, noPlink: m.opts.NoPlink, dirPerm1: true, sum: m.opts.Sum,
-	}, m.log)
-	if err != nil {
+	set := settings{udba: m.opts.UDBA, dio: true, noPlink: m.opts.NoPlink, dirPerm1: true, sum: m.opts.Sum}
+	if m.opts.InProcess {
+		m.engine, err = newFUSE(set, m.log)
 		return err
 	}
-	m.engine = e
-	return nil
+	m.engine, err = newHelper(set, filepath.Join(m.home, "serve"), m.opts.Helper, m.log)
+	return err
 }
 
 // kernel returns the kernel's AUFS if it works for the options.
@@ -274,13 +273,12 @@ func (d *Driver) SetQuota(ctx context.Context, id string, q layerfs.Quota) error
 }
 
 // Get makes the merged tree of a layer available; see [layerfs.Driver]. With
-// the FUSE engine [layerfs.GetOptions.Persist] is for base layers alone: other
-// layers are served by this process and end with it.
+// [Options.InProcess], [layerfs.GetOptions.Persist] is for base layers alone.
 func (d *Driver) Get(ctx context.Context, id string, opts *layerfs.GetOptions) (string, error) {
-	if opts != nil && opts.Persist && d.m.engine.name() == FUSE && layerfs.CheckID(id) == nil {
+	if _, here := d.m.engine.(*fuseEngine); here && opts != nil && opts.Persist && layerfs.CheckID(id) == nil {
 		if rec, err := d.m.dir.Load(id); err == nil && rec.Parent != "" {
 			return "", &layerfs.Error{Op: "get", Driver: name, ID: id, Err: &layerfs.UnsupportedError{
-				Feature: "a persistent get with the fuse engine", Reason: "the mount is served by this process and ends with it",
+				Feature: "a persistent get with InProcess", Reason: "the mount is served by this process and ends with it",
 			}}
 		}
 	}

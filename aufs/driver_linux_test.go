@@ -23,11 +23,14 @@ import (
 	"github.com/layerfs/layerfs/union"
 )
 
-// mustNew opens a driver with the FUSE engine.
+// mustNew opens a driver with the FUSE engine and this program as its helper.
 func mustNew(t testing.TB, root string, opts Options) *Driver {
 	t.Helper()
 	testenv.RequireRoot(t)
 	opts.Engine = FUSE
+	if !opts.InProcess {
+		opts.Helper = helper
+	}
 	d, err := New(root, &opts)
 	testenv.SkipUnsupported(t, err, name)
 	require.NoError(t, err)
@@ -202,7 +205,7 @@ func TestUncovered(t *testing.T) {
 }
 
 func TestPersistRefused(t *testing.T) {
-	d := mustNew(t, t.TempDir(), Options{})
+	d := mustNew(t, t.TempDir(), Options{InProcess: true})
 	stack(t, d)
 	_, err := d.Get(t.Context(), "top", &layerfs.GetOptions{Persist: true})
 	require.ErrorIs(t, err, errors.ErrUnsupported)
@@ -218,6 +221,7 @@ func TestRefusedOptions(t *testing.T) {
 		"xino":     {Engine: FUSE, XIno: "/dev/shm/x"},
 		"dirperm1": {Engine: FUSE, DirPerm1: "off"},
 		"strict":   {Engine: Kernel, UDBA: union.Strict},
+		"helper":   {Engine: FUSE, Helper: []string{"/nowhere/helper"}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			_, err := New(t.TempDir(), &opts)
@@ -317,8 +321,13 @@ func TestFrozenWithoutLiveBase(t *testing.T) {
 }
 
 func TestBranches(t *testing.T) {
+	t.Run("helper", func(t *testing.T) { testBranches(t, Options{}) })
+	t.Run("in-process", func(t *testing.T) { testBranches(t, Options{InProcess: true}) })
+}
+
+func testBranches(t *testing.T, opts Options) {
 	root := t.TempDir()
-	d := mustNew(t, root, Options{})
+	d := mustNew(t, root, opts)
 	ctx := t.Context()
 	stack(t, d)
 	extra := union.Branch{Path: t.TempDir(), Perm: union.RO}
@@ -358,8 +367,17 @@ func TestBranches(t *testing.T) {
 	require.ErrorIs(t, d.AddBranch(ctx, "base", extra, -1), errors.ErrUnsupported)
 	require.ErrorIs(t, d.AddBranch(ctx, "none", extra, -1), layerfs.ErrNotExist)
 	require.Error(t, d.AddBranch(ctx, "top", union.Branch{Path: t.TempDir(), Perm: "rx"}, -1))
-	other := mustNew(t, root, Options{})
-	require.ErrorIs(t, other.AddBranch(ctx, "top", union.Branch{Path: t.TempDir()}, -1), errors.ErrUnsupported)
+	if other := mustNew(t, root, Options{InProcess: true}); opts.InProcess {
+		require.ErrorIs(t, other.AddBranch(ctx, "top", union.Branch{Path: t.TempDir()}, -1), errors.ErrUnsupported)
+	}
+	other, more := mustNew(t, root, Options{}), union.Branch{Path: t.TempDir()}
+	if opts.InProcess {
+		require.ErrorIs(t, other.AddBranch(ctx, "top", more, -1), errors.ErrUnsupported)
+	} else {
+		require.NoError(t, other.AddBranch(ctx, "top", more, -1))
+		require.ErrorIs(t, other.AddBranch(ctx, "top", union.Branch{Path: top + "/d"}, -1), unix.EINVAL, "served by the same helper")
+		require.NoError(t, other.DeleteBranch(ctx, "top", more.Path))
+	}
 
 	items, err := d.Status(ctx)
 	require.NoError(t, err)

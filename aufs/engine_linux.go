@@ -13,7 +13,9 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/layerfs/layerfs"
+	"github.com/layerfs/layerfs/internal/fusesrv"
 	"github.com/layerfs/layerfs/internal/mount"
+	"github.com/layerfs/layerfs/internal/unionfs"
 	"github.com/layerfs/layerfs/union"
 )
 
@@ -38,6 +40,9 @@ type engine interface {
 	// flush makes the pseudo-links of a mounted union real; errElsewhere if
 	// this engine cannot.
 	flush(ctx context.Context, target string) error
+
+	// sync returns when direct changes of branches show.
+	sync(ctx context.Context, target string) error
 
 	close() error
 }
@@ -74,7 +79,7 @@ const busyFor = 2 * time.Second
 
 func (e *fuseEngine) mount(ctx context.Context, p plan, target string) error {
 	if p.label != "" {
-		return &layerfs.UnsupportedError{Feature: "a mount label with the fuse engine", Reason: "it keeps security.selinux of the branches"}
+		return noLabel
 	}
 	cfg := &union.Config{
 		Branches: p.branches, UDBA: e.set.udba, ReadOnly: p.readOnly, NoPlink: e.set.noPlink, SumFree: e.set.sum,
@@ -217,6 +222,14 @@ func (e *fuseEngine) flush(ctx context.Context, target string) error {
 	return h.FlushLinks(ctx)
 }
 
+func (e *fuseEngine) sync(ctx context.Context, target string) error {
+	h := e.handle(target)
+	if h == nil {
+		return errElsewhere
+	}
+	return h.Sync(ctx)
+}
+
 // close ends nothing that is mounted: mounts that are held last until the
 // process ends. The watcher goes with the last of them.
 func (e *fuseEngine) close() error {
@@ -239,18 +252,33 @@ func (e *fuseEngine) close() error {
 	return nil
 }
 
-// probeFUSE finds out whether a union can be mounted.
+// probeFUSE finds out whether a union can be mounted. Nobody serves what it
+// mounts, so nothing can wait for that.
 func (m *mechanism) probeFUSE() error {
+	no := func(err error) error {
+		return &layerfs.UnsupportedError{Feature: "a union over FUSE", Reason: err.Error()}
+	}
 	return m.try(func(branches []union.Branch, target string) error {
-		source, err := sourceOf(os.Getpid())
-		if err != nil {
-			return err
+		cfg := &unionfs.Config{}
+		for i, b := range branches {
+			cfg.Branches = append(cfg.Branches, unionfs.BranchSpec{Path: b.Path, Perm: []unionfs.Perm{unionfs.RW, unionfs.ROWH}[i]})
 		}
-		h, err := union.Mount(context.Background(), target, &union.Config{Branches: branches, UDBA: union.None, Source: source})
+		u, _, err := unionfs.Open(cfg)
 		if err != nil {
-			return &layerfs.UnsupportedError{Feature: "a union over FUSE", Reason: err.Error()}
+			return no(err)
 		}
-		return h.Unmount(context.Background())
+		if err := u.Close(); err != nil {
+			return no(err)
+		}
+		fd, err := fusesrv.OpenDevice()
+		if err != nil {
+			return no(err)
+		}
+		defer unix.Close(fd)
+		if err := fusesrv.MountDevice(fd, &fusesrv.Config{Target: target}); err != nil {
+			return no(err)
+		}
+		return mount.Unmount(target)
 	})
 }
 

@@ -20,7 +20,7 @@ func Example() {
 		log.Fatal(err)
 	}
 	defer os.RemoveAll(root)
-	d, err := aufs.New(root, &aufs.Options{LiveBase: true})
+	d, err := aufs.New(root, &aufs.Options{LiveBase: true, Helper: helper})
 	if err != nil {
 		log.Fatal(err)
 	}

@@ -19,7 +19,7 @@ type Engine string
 const (
 	Auto   Engine = "auto"   // the kernel's AUFS if a probe mount works, else FUSE
 	Kernel Engine = "kernel" // the kernel's AUFS
-	FUSE   Engine = "fuse"   // package union, served by this process
+	FUSE   Engine = "fuse"   // package union, served by a helper
 )
 
 // Options are the options of [New]. The zero value, and nil, are the defaults.
@@ -35,6 +35,21 @@ type Options struct {
 
 	// Engine is [Auto] if empty.
 	Engine Engine
+
+	// Helper is the command of the program that serves the FUSE engine's mounts,
+	// so that they outlive this process: one that calls [Main] first in its
+	// main function, which returns the command for that very program. Its
+	// arguments are followed by ours. Default is layerfs, the tool, if it is
+	// in PATH. Where the service manager kills all processes of a service
+	// with it, the command must lead out of that, as with
+	// {"systemd-run", "--scope", "--quiet", "layerfs"}.
+	Helper []string
+
+	// InProcess lets this process serve the FUSE engine's mounts. They end
+	// with it, however it ends, and users of them then get ENOTCONN until the
+	// next New or Get; [layerfs.GetOptions.Persist] is for base layers alone.
+	// It is for tests, and for programs that must not start others.
+	InProcess bool
 
 	// LiveBase lets layers that have children be held for writing. What is
 	// changed in them shows in every mounted layer on top, at once or within
@@ -97,6 +112,12 @@ func (o *Options) validate() error {
 	}
 	if o.Quota.Bytes < 0 || o.Quota.Inodes < 0 {
 		bad("quota of %d bytes and %d inodes is negative", o.Quota.Bytes, o.Quota.Inodes)
+	}
+	if o.InProcess && len(o.Helper) > 0 {
+		bad("a Helper has nothing to do InProcess")
+	}
+	if len(o.Helper) > 0 && o.Helper[0] == "" {
+		bad("the command of the Helper is empty")
 	}
 	if o.XIno != "" {
 		if !filepath.IsAbs(o.XIno) {

@@ -23,10 +23,12 @@ type server struct {
 	out *bufio.Scanner
 }
 
-func newServer(t *testing.T, root string) *server {
+func newServer(t *testing.T, root string) *server { return newServerOf(t, "aufs-inprocess", root) }
+
+func newServerOf(t *testing.T, harness, root string) *server {
 	t.Helper()
 	s := &server{cmd: exec.Command(os.Args[0], "-test.run=^$")}
-	s.cmd.Env = append(os.Environ(), "LAYERFS_DRIVERTEST_CHILD=aufs:"+root)
+	s.cmd.Env = append(os.Environ(), "LAYERFS_DRIVERTEST_CHILD="+harness+":"+root)
 	s.cmd.Stderr = os.Stderr
 	var err error
 	s.in, err = s.cmd.StdinPipe()
@@ -58,7 +60,7 @@ func (s *server) kill() {
 func shared(t *testing.T) (root string, d *aufs.Driver, s *server, path string) {
 	requireEngine(t, harness())
 	root = t.TempDir()
-	d, err := aufs.New(root, &aufs.Options{Engine: aufs.FUSE})
+	d, err := aufs.New(root, &aufs.Options{Engine: aufs.FUSE, InProcess: true})
 	require.NoError(t, err)
 	t.Cleanup(func() { require.NoError(t, d.Close()) })
 	require.NoError(t, d.Create(t.Context(), "base", "", nil))
@@ -116,7 +118,7 @@ func TestServerKilled(t *testing.T) {
 	s.kill()
 	_, err := os.ReadFile(path + "/f")
 	require.ErrorIs(t, err, unix.ENOTCONN)
-	other, err := aufs.New(root, &aufs.Options{Engine: aufs.FUSE})
+	other, err := aufs.New(root, &aufs.Options{Engine: aufs.FUSE, InProcess: true})
 	require.NoError(t, err)
 	defer other.Close()
 	info, err := other.Stat(ctx, "top", nil)

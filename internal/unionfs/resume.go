@@ -3,6 +3,7 @@
 package unionfs
 
 import (
+	"fmt"
 	"os"
 	"slices"
 
@@ -22,6 +23,10 @@ type Resume struct {
 func (fs *FS) claim(b *Branch) error {
 	if fs.resume != nil {
 		if f := fs.resume.Locks[b.path]; f != nil {
+			// It may have been given up when its owner was killed.
+			if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+				return &os.PathError{Op: "flock", Path: b.path, Err: fmt.Errorf("writable in another union: %w", unix.EBUSY)}
+			}
 			b.lock = f
 			return nil
 		}

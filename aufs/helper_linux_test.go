@@ -1,0 +1,481 @@
+package aufs_test
+
+import (
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+	"golang.org/x/sys/unix"
+
+	"github.com/layerfs/layerfs"
+	"github.com/layerfs/layerfs/aufs"
+	"github.com/layerfs/layerfs/internal/unionhost"
+)
+
+// helped is a mounted layer that a helper serves.
+type helped struct {
+	root, path string
+	d          *aufs.Driver
+	client     *unionhost.Client
+}
+
+func newHelped(t *testing.T) *helped {
+	t.Helper()
+	requireEngine(t, harness())
+	h := &helped{root: t.TempDir()}
+	h.d = h.open(t)
+	require.NoError(t, h.d.Create(t.Context(), "base", "", nil))
+	base, err := h.d.Get(t.Context(), "base", nil)
+	require.NoError(t, err)
+	require.NoError(t, os.Mkdir(base+"/dir", 0o755))
+	for i := range 300 {
+		require.NoError(t, os.WriteFile(fmt.Sprintf("%s/dir/%03d", base, i), []byte("low"), 0o644))
+	}
+	require.NoError(t, h.d.Put(t.Context(), "base"))
+	require.NoError(t, h.d.Create(t.Context(), "top", "base", nil))
+	h.path, err = h.d.Get(t.Context(), "top", nil)
+	require.NoError(t, err)
+	h.client = &unionhost.Client{Dir: h.root + "/aufs/serve"}
+	return h
+}
+
+func (h *helped) open(t *testing.T) *aufs.Driver {
+	t.Helper()
+	d, err := aufs.New(h.root, &aufs.Options{Engine: aufs.FUSE, Helper: helper})
+	require.NoError(t, err)
+	t.Cleanup(func() { require.NoError(t, d.Close()) })
+	return d
+}
+
+// worker and keeper are the two processes.
+func (h *helped) worker(t *testing.T) int {
+	t.Helper()
+	info, err := h.client.Info(t.Context())
+	require.NoError(t, err)
+	return info.PID
+}
+
+func parent(t *testing.T, pid int) int {
+	t.Helper()
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	require.NoError(t, err)
+	_, rest, ok := strings.Cut(string(b), ") ")
+	require.True(t, ok)
+	n, err := strconv.Atoi(strings.Fields(rest)[1])
+	require.NoError(t, err)
+	return n
+}
+
+// kill kills the worker, which another one follows.
+func (h *helped) kill(t *testing.T) {
+	t.Helper()
+	pid := h.worker(t)
+	require.NoError(t, unix.Kill(pid, unix.SIGKILL))
+	require.NotEqual(t, pid, h.worker(t))
+}
+
+// TestHelperOutlivesProgram: a mount goes on when the program that made it is
+// killed, and ends with the last Put of another.
+func TestHelperOutlivesProgram(t *testing.T) {
+	requireEngine(t, harness())
+	root := t.TempDir()
+	d, err := aufs.New(root, &aufs.Options{Engine: aufs.FUSE, Helper: helper})
+	require.NoError(t, err)
+	defer func() { require.NoError(t, d.Close()) }()
+	ctx := t.Context()
+	require.NoError(t, d.Create(ctx, "base", "", nil))
+	require.NoError(t, d.Create(ctx, "top", "base", nil))
+	s := newServerOf(t, "aufs", root)
+	s.do(t, "get top")
+	path := root + "/aufs/mnt/top"
+	f, err := os.Create(path + "/f")
+	require.NoError(t, err)
+	defer f.Close()
+	s.kill()
+	_, err = f.WriteString("after its end")
+	require.NoError(t, err)
+	require.NoError(t, f.Sync())
+	again, err := d.Get(ctx, "top", nil)
+	require.NoError(t, err)
+	require.Equal(t, path, again)
+	b, err := os.ReadFile(path + "/f")
+	require.NoError(t, err)
+	require.Equal(t, "after its end", string(b))
+	require.NoError(t, f.Close())
+	require.NoError(t, d.Put(ctx, "top"))
+	require.NoFileExists(t, path+"/f")
+}
+
+// TestPersist: a Get that persists outlives its driver.
+func TestPersist(t *testing.T) {
+	h := newHelped(t)
+	ctx := t.Context()
+	require.NoError(t, h.d.Put(ctx, "top"))
+	d := h.open(t)
+	path, err := d.Get(ctx, "top", &layerfs.GetOptions{Persist: true})
+	require.NoError(t, err)
+	require.NoError(t, os.WriteFile(path+"/f", []byte("x"), 0o644))
+	require.NoError(t, d.Close())
+	h.kill(t)
+	require.FileExists(t, path+"/f")
+	require.NoError(t, h.d.Put(ctx, "top"))
+	require.NoFileExists(t, path+"/f")
+	require.ErrorIs(t, h.d.Put(ctx, "top"), layerfs.ErrNotHeld)
+}
+
+// TestWorkerKilled: what is open when the worker is killed goes on.
+func TestWorkerKilled(t *testing.T) {
+	h := newHelped(t)
+	p := func(name string) string { return filepath.Join(h.path, name) }
+
+	read, err := os.Open(p("dir/001"))
+	require.NoError(t, err)
+	defer read.Close()
+	old, err := os.Open(p("dir/002")) // copied up behind its back
+	require.NoError(t, err)
+	defer old.Close()
+	up, err := os.OpenFile(p("dir/002"), os.O_RDWR, 0)
+	require.NoError(t, err)
+	defer up.Close()
+	_, err = up.WriteAt([]byte("UP"), 0)
+	require.NoError(t, err)
+	moved, err := os.Create(p("new"))
+	require.NoError(t, err)
+	defer moved.Close()
+	require.NoError(t, os.Rename(p("new"), p("dir/moved")))
+	gone, err := os.Create(p("gone"))
+	require.NoError(t, err)
+	defer gone.Close()
+	_, err = gone.WriteString("content")
+	require.NoError(t, err)
+	require.NoError(t, os.Remove(p("gone")))
+	require.NoError(t, os.WriteFile(p("gone"), []byte("another"), 0o644))
+	covered, err := os.OpenFile(p("dir/003"), os.O_RDWR, 0)
+	require.NoError(t, err)
+	defer covered.Close()
+	require.NoError(t, os.Rename(p("dir/004"), p("dir/003")))
+	lowGone, err := os.Open(p("dir/005"))
+	require.NoError(t, err)
+	defer lowGone.Close()
+	require.NoError(t, os.Remove(p("dir/005")))
+	tmp, err := unix.Open(h.path, unix.O_TMPFILE|unix.O_RDWR|unix.O_CLOEXEC, 0o600)
+	require.NoError(t, err)
+	nameless := os.NewFile(uintptr(tmp), "nameless")
+	defer nameless.Close()
+	_, err = nameless.WriteString("no name")
+	require.NoError(t, err)
+	require.NoError(t, os.Link(p("gone"), p("link")))
+	linked, err := os.Open(p("gone"))
+	require.NoError(t, err)
+	defer linked.Close()
+	require.NoError(t, os.Remove(p("gone"))) // it has its other name
+	dir, err := os.Open(p("dir"))
+	require.NoError(t, err)
+	defer dir.Close()
+	first, err := dir.Readdirnames(20)
+	require.NoError(t, err)
+	before := inodes(t, h.path)
+
+	for range 3 {
+		h.kill(t)
+
+		content := func(f *os.File, want string) {
+			t.Helper()
+			b, err := io.ReadAll(io.NewSectionReader(f, 0, 100))
+			assert.NoError(t, err, f.Name())
+			assert.Equal(t, want, string(b), f.Name())
+			fi, err := f.Stat()
+			if assert.NoError(t, err, f.Name()) {
+				assert.EqualValues(t, len(want), fi.Size(), f.Name())
+			}
+		}
+		content(read, "low")
+		b := make([]byte, 3)
+		_, err = old.ReadAt(b, 0)
+		assert.NoError(t, err)
+		assert.Equal(t, "low", string(b))
+		content(up, "UPw")
+		content(gone, "content")
+		content(nameless, "no name")
+		content(covered, "low")
+		content(lowGone, "low")
+		content(linked, "another")
+		for _, f := range []*os.File{up, moved, gone, covered, nameless} {
+			assert.NoError(t, f.Sync(), f.Name())
+			assert.NoError(t, f.Truncate(40), f.Name())
+			fi, err := f.Stat()
+			if assert.NoError(t, err, f.Name()) {
+				assert.EqualValues(t, 40, fi.Size(), f.Name())
+			}
+		}
+		assert.NoError(t, up.Truncate(3))
+		assert.NoError(t, gone.Truncate(7))
+		assert.NoError(t, covered.Truncate(3))
+		assert.NoError(t, nameless.Truncate(7))
+		assert.Equal(t, before, inodes(t, h.path), "st_ino")
+		fd, err := unix.Openat(int(dir.Fd()), "moved", unix.O_RDWR|unix.O_CLOEXEC, 0)
+		if assert.NoError(t, err) {
+			var a, b unix.Stat_t
+			assert.NoError(t, unix.Fstat(fd, &a))
+			assert.NoError(t, unix.Fstat(int(moved.Fd()), &b))
+			assert.Equal(t, a.Ino, b.Ino)
+			unix.Close(fd)
+		}
+		require.NoError(t, os.WriteFile(p("dir/later"), []byte("later"), 0o644))
+		require.NoError(t, os.Remove(p("dir/later")))
+	}
+	rest, err := dir.Readdirnames(-1)
+	require.NoError(t, err)
+	all := append(first, rest...)
+	slices.Sort(all)
+	want, err := os.ReadDir(p("dir"))
+	require.NoError(t, err)
+	var names []string
+	for _, e := range want {
+		names = append(names, e.Name())
+	}
+	require.Equal(t, names, all, "a listing that goes on")
+
+	for _, f := range []*os.File{read, old, up, moved, gone, covered, lowGone, nameless, linked, dir} {
+		require.NoError(t, f.Close())
+	}
+	require.NoError(t, h.d.Put(t.Context(), "top"))
+}
+
+// inodes returns the numbers of all files of a tree.
+func inodes(t *testing.T, dir string) map[string]uint64 {
+	t.Helper()
+	m := map[string]uint64{}
+	require.NoError(t, filepath.WalkDir(dir, func(p string, e os.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
+		var st unix.Stat_t
+		if err := unix.Lstat(p, &st); err != nil {
+			return err
+		}
+		m[p] = st.Ino
+		return nil
+	}))
+	return m
+}
+
+// TestKeeperKilled: the worker goes on without its keeper, and takes calls.
+func TestKeeperKilled(t *testing.T) {
+	h := newHelped(t)
+	ctx := t.Context()
+	require.NoError(t, unix.Kill(parent(t, h.worker(t)), unix.SIGKILL))
+	require.NoError(t, os.WriteFile(h.path+"/f", nil, 0o644))
+	require.NoError(t, h.d.Create(ctx, "other", "base", nil))
+	path, err := h.d.Get(ctx, "other", nil)
+	require.NoError(t, err)
+	require.NoError(t, os.WriteFile(path+"/f", nil, 0o644))
+	require.NoError(t, h.d.Put(ctx, "other"))
+	require.NoError(t, h.d.Put(ctx, "top"))
+}
+
+// TestHelperKilled: when both are killed, users get ENOTCONN, and the next New
+// detaches the mount, so that a Get mounts again.
+func TestHelperKilled(t *testing.T) {
+	h := newHelped(t)
+	ctx := t.Context()
+	require.NoError(t, os.WriteFile(h.path+"/f", []byte("x"), 0o644))
+	pid := h.worker(t)
+	require.NoError(t, unix.Kill(parent(t, pid), unix.SIGKILL))
+	require.NoError(t, unix.Kill(pid, unix.SIGKILL))
+	require.Eventually(t, func() bool {
+		_, err := os.Stat(h.path + "/f")
+		return assert.ObjectsAreEqual(unix.ENOTCONN, unwrapped(err))
+	}, 10*time.Second, 5*time.Millisecond)
+	d := h.open(t)
+	path, err := d.Get(ctx, "top", nil)
+	require.NoError(t, err)
+	require.FileExists(t, path+"/f")
+	require.NoError(t, d.Put(ctx, "top"))
+	require.FileExists(t, path+"/f", "held by the first driver")
+	require.NoError(t, h.d.Put(ctx, "top"))
+}
+
+func unwrapped(err error) error {
+	if p, ok := err.(*os.PathError); ok {
+		return p.Err
+	}
+	return err
+}
+
+// TestReplaceHelper: another program takes over what is mounted.
+func TestReplaceHelper(t *testing.T) {
+	h := newHelped(t)
+	f, err := os.Create(h.path + "/f")
+	require.NoError(t, err)
+	defer f.Close()
+	// The upgrade: the same program under another name.
+	exe := t.TempDir() + "/upgrade"
+	self, err := os.ReadFile("/proc/self/exe")
+	require.NoError(t, err)
+	require.NoError(t, os.WriteFile(exe, self, 0o755))
+	d, err := aufs.New(h.root, &aufs.Options{Engine: aufs.FUSE, Helper: []string{exe}})
+	require.NoError(t, err)
+	defer d.Close()
+	pid := h.worker(t)
+	require.NoError(t, d.ReplaceHelper(t.Context()))
+	require.Eventually(t, func() bool { return h.worker(t) != pid }, 20*time.Second, 10*time.Millisecond)
+	target, err := os.Readlink(fmt.Sprintf("/proc/%d/exe", h.worker(t)))
+	require.NoError(t, err)
+	require.Equal(t, exe, target)
+	_, err = f.WriteString("x")
+	require.NoError(t, err)
+	require.NoError(t, f.Sync())
+	require.NoError(t, f.Close())
+	require.NoError(t, h.d.Put(t.Context(), "top"))
+}
+
+// TestKillRounds kills the worker at random moments under load. No operation
+// fails, no data that was synced is lost, and files that are open go on. The
+// number of kills is LAYERFS_KILL_ROUNDS, or 10.
+func TestKillRounds(t *testing.T) {
+	rounds := 10
+	if s := os.Getenv("LAYERFS_KILL_ROUNDS"); s != "" {
+		var err error
+		rounds, err = strconv.Atoi(s)
+		require.NoError(t, err)
+	}
+	h := newHelped(t)
+	var stop atomic.Bool
+	var wg sync.WaitGroup
+	var ops, longest atomic.Int64
+	const workers = 3
+	final := make([]map[string]string, workers)
+	for w := range workers {
+		wg.Go(func() {
+			r := rand.New(rand.NewPCG(7, uint64(w)))
+			dir := fmt.Sprintf("%s/w%d", h.path, w)
+			want := map[string]string{}
+			final[w] = want
+			check := func(op string, err error) {
+				if err != nil {
+					t.Errorf("worker %d: %s: %v", w, op, err)
+				}
+			}
+			check("mkdir", os.Mkdir(dir, 0o755))
+			open, err := os.OpenFile(dir+"/open", os.O_CREATE|os.O_RDWR|os.O_APPEND, 0o644)
+			check("open", err)
+			defer open.Close()
+			lines := ""
+			for n := 0; !stop.Load() && !t.Failed(); n++ {
+				began := time.Now()
+				name := fmt.Sprintf("f%02d", r.IntN(20))
+				p := dir + "/" + name
+				_, there := want[name]
+				switch r.IntN(8) {
+				case 0:
+					if there {
+						check("remove", os.Remove(p))
+						delete(want, name)
+					}
+				case 1:
+					to := fmt.Sprintf("f%02d", r.IntN(20))
+					if there && to != name {
+						check("rename", os.Rename(p, dir+"/"+to))
+						want[to] = want[name]
+						delete(want, name)
+					}
+				case 2:
+					check("mkdir", os.Mkdir(p+".d", 0o755))
+					check("rmdir", os.Remove(p+".d"))
+				case 3:
+					check("symlink", os.Symlink("target", p+".l"))
+					check("link", os.Link(p+".l", p+".m"))
+					check("remove", os.Remove(p+".l"))
+					check("remove", os.Remove(p+".m"))
+				case 4: // a file of the base
+					low := fmt.Sprintf("%s/dir/%03d", h.path, w*100+r.IntN(100))
+					b, err := os.ReadFile(low)
+					check("read", err)
+					if err == nil && !strings.HasPrefix(string(b), "low") {
+						t.Errorf("worker %d: %s has %q", w, low, b)
+					}
+					f, err := os.OpenFile(low, os.O_WRONLY|os.O_APPEND, 0)
+					check("open", err)
+					if err == nil {
+						_, err = f.WriteString("+")
+						check("append", err)
+						check("close", f.Close())
+					}
+				case 5: // the file that stays open
+					line := fmt.Sprintf("%d\n", n)
+					_, err := open.WriteString(line)
+					check("append", err)
+					check("fsync", open.Sync())
+					lines += line
+					fi, err := open.Stat()
+					check("fstat", err)
+					if err == nil && fi.Size() != int64(len(lines)) {
+						t.Errorf("worker %d: %d bytes in the open file, %d written", w, fi.Size(), len(lines))
+					}
+				default:
+					text := fmt.Sprint(w, n)
+					f, err := os.Create(p)
+					check("create", err)
+					if err == nil {
+						_, err = f.WriteString(text)
+						check("write", err)
+						check("fsync", f.Sync())
+						check("close", f.Close())
+						want[name] = text
+					}
+				}
+				ops.Add(1)
+				if d := int64(time.Since(began)); d > longest.Load() {
+					longest.Store(d)
+				}
+			}
+			want["open"] = lines
+		})
+	}
+	r := rand.New(rand.NewPCG(5, 5))
+	for range rounds {
+		time.Sleep(time.Duration(r.IntN(60)) * time.Millisecond)
+		if t.Failed() {
+			break
+		}
+		h.kill(t)
+	}
+	stop.Store(true)
+	wg.Wait()
+	if t.Failed() {
+		log, _ := os.ReadFile(h.root + "/aufs/serve/log")
+		t.Logf("%s", log)
+	}
+	checkAll := func() {
+		for w, want := range final {
+			dir := fmt.Sprintf("%s/w%d", h.path, w)
+			for name, text := range want {
+				b, err := os.ReadFile(dir + "/" + name)
+				assert.NoError(t, err)
+				assert.Equal(t, text, string(b), name)
+			}
+			entries, err := os.ReadDir(dir)
+			assert.NoError(t, err)
+			assert.Len(t, entries, len(want))
+		}
+	}
+	checkAll()
+	require.NoError(t, h.d.Put(t.Context(), "top"))
+	_, err := h.d.Get(t.Context(), "top", nil)
+	require.NoError(t, err)
+	checkAll() // also what is on the branch
+	require.NoError(t, h.d.Put(t.Context(), "top"))
+	t.Logf("%d kills, %d steps, longest %v", rounds, ops.Load(), time.Duration(longest.Load()).Round(time.Millisecond))
+}

@@ -1,0 +1,29 @@
+// Package keeper keeps descriptors for a worker process, and starts the worker
+// again if it dies.
+//
+// A worker that serves mounts gives the keeper, under a name, whatever another
+// worker would need to go on: the connection to the kernel, a memfd with its
+// state, locks. The keeper knows nothing of what they are for and uses none of
+// them, so there is little in it that could fail, and nothing on which it
+// could wait for its own worker. It holds
+//
+//	DIR/lock     a lock (flock) which says that there is a keeper, or a worker
+//	             that has lost its keeper and still works
+//	DIR/socket   the socket on which the worker takes calls (seqpacket). Calls
+//	             wait there while there is no worker.
+//	DIR/log      what the two write to standard error
+//
+// Three processes take part: [Start] runs a starter, which runs the keeper in
+// a session of its own and ends when that is ready, so that the caller has no
+// child; and the keeper runs the worker. All three are the program that was
+// given as the helper, which calls [Main] first in its main function.
+//
+// A worker that ends with status 0 has nothing more to do; the keeper ends with
+// it. One that dies otherwise is replaced, by the same program even if its
+// file was replaced meanwhile, or by the program it named with [Worker.Next].
+// A worker that does not answer for [silence] is killed, and replaced. When
+// workers die of their own fault again and again, the keeper aborts all FUSE
+// connections: their users get an error instead of waiting.
+//
+// If the keeper is killed, the worker goes on without one.
+package keeper

@@ -1,0 +1,461 @@
+package keeper
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/layerfs/layerfs/internal/fusesrv"
+)
+
+// Arg is the argument that makes a program a helper.
+const Arg = "layerfs-helper"
+
+// Roles of a helper, the argument behind Arg; then comes the directory.
+const (
+	roleStart = "start"
+	roleKeep  = "keep"
+	roleWork  = "work"
+)
+
+const (
+	lockName   = "lock"
+	socketName = "socket"
+	logName    = "log"
+	maxLog     = 1 << 20
+
+	// patience is how long a new keeper waits for an old one to end.
+	patience = 10 * time.Second
+	// pulse is how often a worker is asked for a sign of life, silence how long
+	// it may take: far more than a busy host needs, since a worker that is
+	// killed costs its clients a pause, too.
+	pulse   = 5 * time.Second
+	silence = 30 * time.Second
+	// A worker that dies of its own fault faults times within faultTime is
+	// not started again.
+	faults    = 5
+	faultTime = time.Minute
+)
+
+// item is what a keeper has under a name.
+type item struct {
+	fds  []int
+	conn int // number of a FUSE connection, or 0
+}
+
+// message goes between keeper and worker. Its form must stay: after an upgrade
+// an old keeper has a new worker.
+type message struct {
+	Op   string // below
+	Name string
+	Conn int
+	Seq  uint64
+	Argv []string
+}
+
+const (
+	opItem  = "item"  // keeper: kept from earlier, with descriptors
+	opGo    = "go"    // keeper: that was all
+	opPing  = "ping"  // keeper
+	opAck   = "ack"   // keeper: Seq is done
+	opPong  = "pong"  // worker
+	opStore = "store" // worker: with descriptors, replaces what is there
+	opDrop  = "drop"  // worker
+	opNext  = "next"  // worker: the program to run after this worker
+)
+
+// Main is what a helper program does: it must be called first thing in main.
+// It returns false if the arguments are not those of a helper. Else the program
+// has played its part, with the given exit status.
+func Main(args []string, work func(*Worker) error) (status int, helper bool) {
+	if len(args) != 4 || args[1] != Arg {
+		return 0, false
+	}
+	var err error
+	dir := args[3]
+	switch args[2] {
+	case roleStart:
+		err = start(dir)
+	case roleKeep:
+		err = keep(dir)
+	case roleWork:
+		err = runWorker(dir, work)
+	default:
+		err = fmt.Errorf("role %q", args[2])
+	}
+	if err != nil {
+		fmt.Fprintln(os.Stderr, time.Now().Format(time.RFC3339), args[2], err)
+		return 1, true
+	}
+	return 0, true
+}
+
+// self is the program that runs, even if its file was replaced or removed.
+const self = "/proc/self/exe"
+
+// ExitNext is the exit status of a worker that makes room for another.
+const ExitNext = 10
+
+// start runs a keeper and ends when that is ready.
+func start(dir string) error {
+	r, w, err := os.Pipe()
+	if err != nil {
+		return err
+	}
+	defer r.Close()
+	logFile, err := openLog(dir)
+	if err != nil {
+		w.Close()
+		return err
+	}
+	defer logFile.Close()
+	cmd := &exec.Cmd{
+		Path: self, Args: []string{os.Args[0], Arg, roleKeep, dir}, Dir: "/",
+		Stdout: w, Stderr: logFile, SysProcAttr: &syscall.SysProcAttr{Setsid: true},
+	}
+	err = cmd.Start()
+	w.Close()
+	if err != nil {
+		return err
+	}
+	told, err := io.ReadAll(r)
+	if err == nil && string(told) != ready {
+		err = fmt.Errorf("the keeper did not start: %s", told)
+	}
+	return err
+}
+
+const ready = "ready"
+
+func openLog(dir string) (*os.File, error) {
+	path := filepath.Join(dir, logName)
+	if fi, err := os.Stat(path); err == nil && fi.Size() > maxLog {
+		if err := os.Rename(path, path+".old"); err != nil {
+			return nil, err
+		}
+	}
+	return os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_APPEND|unix.O_NOFOLLOW, 0o600)
+}
+
+// keep is the keeper.
+func keep(dir string) error {
+	k, err := newKeeper(dir)
+	if err != nil {
+		fmt.Print(err)
+		return err
+	}
+	if k == nil {
+		fmt.Print(ready) // there is one
+		return nil
+	}
+	defer k.close()
+	first := func() {
+		fmt.Print(ready)
+		os.Stdout.Close() // whoever started us waits for the end of it
+	}
+	return k.run(first)
+}
+
+type keeper struct {
+	dir    string
+	lock   *os.File
+	socket *os.File
+	argv   []string // of the next worker
+	items  map[string]item
+	died   []time.Time // workers of their own fault
+}
+
+// newKeeper takes the lock and makes the socket; nil if another keeper is at
+// work.
+func newKeeper(dir string) (*keeper, error) {
+	lock, err := os.OpenFile(filepath.Join(dir, lockName), os.O_RDWR|os.O_CREATE|unix.O_NOFOLLOW, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	k := &keeper{dir: dir, lock: lock, argv: ownArgv(dir), items: map[string]item{}}
+	for end := time.Now().Add(patience); ; time.Sleep(10 * time.Millisecond) {
+		err := unix.Flock(int(lock.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+		if err == nil {
+			break
+		}
+		if c, err := connect(dir); err == nil {
+			c.Close()
+			lock.Close()
+			return nil, nil
+		}
+		if time.Now().After(end) {
+			lock.Close()
+			return nil, &os.PathError{Op: "flock", Path: lock.Name(), Err: err}
+		}
+	}
+	if k.socket, err = listen(dir); err != nil {
+		lock.Close()
+		return nil, err
+	}
+	return k, nil
+}
+
+func ownArgv(dir string) []string { return []string{self, Arg, roleWork, dir} }
+
+func (k *keeper) close() {
+	k.socket.Close()
+	k.lock.Close()
+	for _, it := range k.items {
+		CloseAll(it.fds)
+	}
+}
+
+// sockaddr is the address of the socket, which must fit into 108 bytes
+// (unix(7)): through a descriptor of the directory it always does.
+func sockaddr(dir *os.File) *unix.SockaddrUnix {
+	return &unix.SockaddrUnix{Name: "/proc/self/fd/" + strconv.Itoa(int(dir.Fd())) + "/" + socketName}
+}
+
+func listen(path string) (*os.File, error) {
+	dir, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer dir.Close()
+	if err := unix.Unlinkat(int(dir.Fd()), socketName, 0); err != nil && err != unix.ENOENT {
+		return nil, &os.PathError{Op: "unlink", Path: path + "/" + socketName, Err: err}
+	}
+	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
+	if err != nil {
+		return nil, os.NewSyscallError("socket", err)
+	}
+	f := os.NewFile(uintptr(fd), "socket")
+	if err = unix.Fchmod(fd, 0o600); err == nil { // before it has a name
+		err = unix.Bind(fd, sockaddr(dir))
+	}
+	if err == nil {
+		err = unix.Listen(fd, unix.SOMAXCONN)
+	}
+	if err != nil {
+		f.Close()
+		return nil, &os.PathError{Op: "listen", Path: path + "/" + socketName, Err: err}
+	}
+	return f, nil
+}
+
+// connect calls the worker.
+func connect(path string) (*Conn, error) {
+	dir, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer dir.Close()
+	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return nil, os.NewSyscallError("socket", err)
+	}
+	if err := unix.Connect(fd, sockaddr(dir)); err != nil {
+		unix.Close(fd)
+		return nil, &os.PathError{Op: "connect", Path: path + "/" + socketName, Err: err}
+	}
+	if err := unix.SetNonblock(fd, true); err != nil {
+		unix.Close(fd)
+		return nil, os.NewSyscallError("fcntl", err)
+	}
+	return NewConn(os.NewFile(uintptr(fd), "call"))
+}
+
+// run runs workers until one has nothing more to do. first is called when the
+// first one has been started.
+func (k *keeper) run(first func()) error {
+	for {
+		w, err := k.startWorker()
+		if first != nil {
+			first()
+			first = nil
+		}
+		if err == nil {
+			err = k.attend(w)
+			if err == nil {
+				return nil
+			}
+		}
+		fmt.Fprintln(os.Stderr, time.Now().Format(time.RFC3339), "worker:", err)
+		if k.hopeless(err) {
+			return fmt.Errorf("the worker dies again and again: %w", errors.Join(err, k.abort()))
+		}
+	}
+}
+
+// hopeless reports whether to give up. Who is killed from outside can try
+// again as often as that happens.
+func (k *keeper) hopeless(err error) bool {
+	var exit *exec.ExitError
+	if errors.As(err, &exit) && !errors.Is(err, errSilent) {
+		ws, ok := exit.Sys().(syscall.WaitStatus)
+		if ok && (ws.Signaled() && ws.Signal() == syscall.SIGKILL || ws.ExitStatus() == ExitNext) {
+			return false
+		}
+	}
+	if len(k.argv) > 0 && k.argv[0] != self {
+		k.argv = ownArgv(k.dir) // not with the new program, then with the old
+	}
+	now := time.Now()
+	k.died = append(k.died, now)
+	if len(k.died) < faults {
+		return false
+	}
+	k.died = k.died[len(k.died)-faults:]
+	return now.Sub(k.died[0]) < faultTime
+}
+
+// abort ends all connections.
+func (k *keeper) abort() error {
+	var errs []error
+	for _, it := range k.items {
+		if it.conn != 0 {
+			errs = append(errs, fusesrv.Abort(it.conn))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+var errSilent = errors.New("it gives no sign of life")
+
+type worker struct {
+	cmd  *exec.Cmd
+	conn *Conn
+	done chan error
+}
+
+// Descriptors a worker starts with.
+const (
+	workerControl = 3 + iota
+	workerSocket
+	workerLock
+)
+
+func (k *keeper) startWorker() (*worker, error) {
+	mine, theirs, err := pair()
+	if err != nil {
+		return nil, err
+	}
+	defer theirs.Close()
+	conn, err := NewConn(mine)
+	if err != nil {
+		return nil, err
+	}
+	w := &worker{conn: conn, done: make(chan error, 1)}
+	w.cmd = &exec.Cmd{
+		Path: k.argv[0], Args: k.argv, Dir: "/", Stderr: os.Stderr,
+		ExtraFiles: []*os.File{theirs, k.socket, k.lock},
+	}
+	if err := w.cmd.Start(); err != nil {
+		conn.Close()
+		return nil, err
+	}
+	go func() { w.done <- w.cmd.Wait() }()
+	for name, it := range k.items {
+		if err := conn.Send(message{Op: opItem, Name: name, Conn: it.conn}, it.fds...); err != nil {
+			return w, nil // it has died, which attend will see
+		}
+	}
+	_ = conn.Send(message{Op: opGo})
+	return w, nil
+}
+
+// attend serves a worker until it ends, and returns nil if it has nothing more
+// to do.
+func (k *keeper) attend(w *worker) error {
+	defer w.conn.Close()
+	type got struct {
+		m   message
+		fds []int
+	}
+	in := make(chan got)
+	lost := make(chan struct{})
+	go func() {
+		defer close(lost)
+		for {
+			var g got
+			var err error
+			if g.fds, err = w.conn.Recv(&g.m); err != nil {
+				return
+			}
+			in <- g
+		}
+	}()
+	beat := time.NewTicker(pulse)
+	defer beat.Stop()
+	heard := time.Now()
+	var killed time.Time
+	for {
+		select {
+		case g := <-in:
+			heard = time.Now()
+			k.handle(w, g.m, g.fds)
+		case err := <-w.done:
+			// What it had still sent counts.
+			for open := true; open; {
+				select {
+				case g := <-in:
+					k.handle(w, g.m, g.fds)
+				case <-lost:
+					open = false
+				}
+			}
+			if err != nil && !killed.IsZero() {
+				return errors.Join(errSilent, err)
+			}
+			return err
+		case <-beat.C:
+			switch {
+			case time.Since(heard) < silence:
+				w.tell(message{Op: opPing})
+			case killed.IsZero():
+				killed = time.Now()
+				_ = w.cmd.Process.Kill()
+			case time.Since(killed) > pulse:
+				// It waits in the kernel, maybe for a mount that waits for it.
+				if err := k.abort(); err != nil {
+					fmt.Fprintln(os.Stderr, time.Now().Format(time.RFC3339), "abort:", err)
+				}
+			}
+		}
+	}
+}
+
+// tell sends what needs no answer. A worker that does not listen must not keep
+// the keeper.
+func (w *worker) tell(m message) {
+	_ = w.conn.c.SetWriteDeadline(time.Now().Add(time.Second))
+	_ = w.conn.Send(m)
+}
+
+func (k *keeper) handle(w *worker, m message, fds []int) {
+	switch m.Op {
+	case opStore:
+		old := k.items[m.Name]
+		k.items[m.Name] = item{fds, m.Conn}
+		fds = old.fds
+	case opDrop:
+		for name, it := range k.items {
+			if name == m.Name || strings.HasPrefix(name, m.Name+"/") {
+				fds = append(fds, it.fds...)
+				delete(k.items, name)
+			}
+		}
+	case opNext:
+		if len(m.Argv) > 0 {
+			k.argv = append(m.Argv[:len(m.Argv):len(m.Argv)], Arg, roleWork, k.dir)
+		}
+	}
+	CloseAll(fds)
+	if m.Seq != 0 {
+		w.tell(message{Op: opAck, Seq: m.Seq})
+	}
+}

@@ -1,0 +1,103 @@
+package keeper
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// Self is the command that runs this very program.
+func Self() []string { return []string{self} }
+
+// Dial calls the worker of a directory, with a helper started by the given
+// command if there is none. Without a command, the error then matches
+// [ErrNone]. The directory is made if it is missing. ctx bounds the call; the
+// caller closes the connection.
+func Dial(ctx context.Context, dir string, command []string) (*Conn, error) {
+	for try := 0; ; try++ {
+		c, err := connect(dir)
+		if err == nil {
+			return c, nil
+		}
+		missing := errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ECONNREFUSED)
+		if !missing && !errors.Is(err, unix.EAGAIN) {
+			return nil, err
+		}
+		if missing && len(command) == 0 {
+			return nil, ErrNone
+		}
+		if try > 50 {
+			return nil, fmt.Errorf("the helper does not stay: %w", err)
+		}
+		if missing {
+			if err := Start(ctx, dir, command); err != nil {
+				return nil, err
+			}
+			continue
+		}
+		// Its backlog is full.
+		t := time.NewTimer(20 * time.Millisecond)
+		select {
+		case <-t.C:
+		case <-ctx.Done():
+			t.Stop()
+			return nil, context.Cause(ctx)
+		}
+	}
+}
+
+// ErrNone says that there is no helper at work.
+var ErrNone = errors.New("no helper is at work")
+
+// Gone waits until no helper is at work in a directory, up to a second.
+func Gone(ctx context.Context, dir string) error {
+	f, err := os.Open(dir + "/" + lockName)
+	if err != nil {
+		if errors.Is(err, os.ErrNotExist) {
+			return nil
+		}
+		return err
+	}
+	defer f.Close()
+	for range 200 {
+		// Shared, so that a keeper that starts now gets it in its own time.
+		if err := unix.Flock(int(f.Fd()), unix.LOCK_SH|unix.LOCK_NB); err == nil {
+			return nil
+		}
+		t := time.NewTimer(5 * time.Millisecond)
+		select {
+		case <-t.C:
+		case <-ctx.Done():
+			t.Stop()
+			return context.Cause(ctx)
+		}
+	}
+	return nil
+}
+
+// Start runs a helper for a directory and returns when it takes calls.
+func Start(ctx context.Context, dir string, command []string) error {
+	if err := os.Mkdir(dir, 0o700); err != nil && !errors.Is(err, os.ErrExist) {
+		return err
+	}
+	args := append(command[1:len(command):len(command)], Arg, roleStart, dir)
+	cmd := exec.CommandContext(ctx, command[0], args...)
+	cmd.Dir = "/"
+	out, err := cmd.CombinedOutput()
+	if err == nil {
+		return nil
+	}
+	if cause := context.Cause(ctx); cause != nil {
+		return cause
+	}
+	if text := strings.TrimSpace(string(out)); text != "" {
+		err = fmt.Errorf("%w: %s", err, text)
+	}
+	return fmt.Errorf("start helper %s: %w", command[0], err)
+}

@@ -1,0 +1,178 @@
+package keeper
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"sync"
+
+	"golang.org/x/sys/unix"
+)
+
+// A Worker is what a worker process has of its keeper. Its methods are safe for
+// concurrent use.
+type Worker struct {
+	dir     string
+	control *Conn
+	socket  *os.File
+	lock    *os.File
+	kept    []Item
+
+	mu      sync.Mutex
+	seq     uint64                   // guarded by mu
+	waiting map[uint64]chan struct{} // guarded by mu
+	gone    chan struct{}            // closed when there is no keeper any more
+}
+
+// An Item is what an earlier worker had stored.
+type Item struct {
+	Name string
+	FDs  []int
+	Conn int
+}
+
+func runWorker(dir string, work func(*Worker) error) error {
+	// Whoever passes a descriptor on may make it block.
+	for _, fd := range []int{workerControl, workerSocket} {
+		if err := unix.SetNonblock(fd, true); err != nil {
+			return os.NewSyscallError("fcntl", err)
+		}
+	}
+	for _, fd := range []int{workerControl, workerSocket, workerLock} {
+		unix.CloseOnExec(fd)
+	}
+	control, err := NewConn(os.NewFile(workerControl, "control"))
+	if err != nil {
+		return err
+	}
+	w := &Worker{
+		dir: dir, control: control, socket: os.NewFile(workerSocket, socketName), lock: os.NewFile(workerLock, lockName),
+		waiting: map[uint64]chan struct{}{}, gone: make(chan struct{}),
+	}
+	for {
+		var m message
+		fds, err := control.Recv(&m)
+		if err != nil {
+			return fmt.Errorf("what the keeper has: %w", err)
+		}
+		if m.Op == opGo {
+			break
+		}
+		if m.Op == opItem {
+			w.kept = append(w.kept, Item{m.Name, fds, m.Conn})
+		}
+	}
+	go w.listen()
+	return work(w)
+}
+
+// listen hears what the keeper says.
+func (w *Worker) listen() {
+	defer close(w.gone)
+	for {
+		var m message
+		fds, err := w.control.Recv(&m)
+		if err != nil {
+			if !errors.Is(err, io.EOF) {
+				fmt.Fprintln(os.Stderr, "keeper:", err)
+			}
+			return
+		}
+		CloseAll(fds)
+		switch m.Op {
+		case opPing:
+			_ = w.control.Send(message{Op: opPong})
+		case opAck:
+			w.mu.Lock()
+			if c := w.waiting[m.Seq]; c != nil {
+				close(c)
+				delete(w.waiting, m.Seq)
+			}
+			w.mu.Unlock()
+		}
+	}
+}
+
+// Dir returns the directory of the helper.
+func (w *Worker) Dir() string { return w.dir }
+
+// Kept returns what earlier workers stored. The descriptors are the caller's.
+func (w *Worker) Kept() []Item { return w.kept }
+
+// Store gives the keeper descriptors, whose numbers stay the caller's, instead
+// of what it has under that name, and returns when it has them. conn is the
+// number of the FUSE connection among them, or 0.
+func (w *Worker) Store(name string, conn int, fds ...int) error {
+	return w.tell(message{Op: opStore, Name: name, Conn: conn}, fds...)
+}
+
+// tell sends a message and waits until the keeper has done what it says.
+func (w *Worker) tell(m message, fds ...int) error {
+	done := make(chan struct{})
+	w.mu.Lock()
+	w.seq++
+	seq := w.seq
+	w.waiting[seq] = done
+	w.mu.Unlock()
+	m.Seq = seq
+	if err := w.control.Send(m, fds...); err != nil {
+		w.mu.Lock()
+		delete(w.waiting, seq)
+		w.mu.Unlock()
+		return w.withoutKeeper(err)
+	}
+	select {
+	case <-done:
+		return nil
+	case <-w.gone:
+		return nil
+	}
+}
+
+// withoutKeeper is the result of telling the keeper something: if there is
+// none any more, there is nothing to be done about it.
+func (w *Worker) withoutKeeper(err error) error {
+	if errors.Is(err, unix.EPIPE) || errors.Is(err, unix.ECONNRESET) || errors.Is(err, unix.ENOTCONN) {
+		return nil
+	}
+	return err
+}
+
+// Drop makes the keeper close what it has under a name, and under names that
+// begin with it and a slash, and returns when it has.
+func (w *Worker) Drop(name string) error { return w.tell(message{Op: opDrop, Name: name}) }
+
+// DropLater is Drop that does not wait.
+func (w *Worker) DropLater(name string) error {
+	return w.withoutKeeper(w.control.Send(message{Op: opDrop, Name: name}))
+}
+
+// Next names the program, with its first arguments, that replaces this worker
+// when it ends with [ExitNext].
+func (w *Worker) Next(argv []string) error {
+	return w.withoutKeeper(w.control.Send(message{Op: opNext, Argv: argv}))
+}
+
+// Accept takes a call. Close ends it.
+func (w *Worker) Accept() (*Conn, error) {
+	raw, err := w.socket.SyscallConn()
+	if err != nil {
+		return nil, err
+	}
+	fd := -1
+	cerr := raw.Read(func(s uintptr) bool {
+		fd, _, err = unix.Accept4(int(s), unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK)
+		return err != unix.EAGAIN && err != unix.ECONNABORTED && err != unix.EINTR
+	})
+	if cerr != nil {
+		return nil, cerr
+	}
+	if err != nil {
+		return nil, os.NewSyscallError("accept", err)
+	}
+	return NewConn(os.NewFile(uintptr(fd), "call"))
+}
+
+// Close makes Accept return.
+func (w *Worker) Close() error { return w.socket.Close() }

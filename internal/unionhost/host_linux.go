@@ -1,0 +1,608 @@
+package unionhost
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/layerfs/layerfs/internal/fusesrv"
+	"github.com/layerfs/layerfs/internal/keeper"
+	"github.com/layerfs/layerfs/internal/unionfs"
+	"github.com/layerfs/layerfs/internal/watch"
+)
+
+// idleFor is how long a worker without mounts waits for the next call.
+const idleFor = 3 * time.Second
+
+// host is the worker.
+type host struct {
+	w   *keeper.Worker
+	log *slog.Logger
+
+	mu     sync.Mutex
+	hub    *watch.Hub        // guarded by mu; made when first needed
+	unions map[string]*union // guarded by mu; by number
+	last   uint64            // guarded by mu; number of the last union
+	calls  int               // guarded by mu; that run
+	idle   *time.Timer       // guarded by mu
+	ending bool              // guarded by mu; takes no more calls
+	tired  bool              // guarded by mu; ends as soon as there is nothing to do
+}
+
+// A union that is served.
+type union struct {
+	h     *host
+	name  string // number
+	cfg   Config
+	conn  int
+	fs    *unionfs.FS
+	srv   atomic.Pointer[fusesrv.Server]
+	st    *fusesrv.State
+	dev   int // number of the device's descriptor
+	watch *fusesrv.Watch
+	done  chan struct{}
+
+	mu sync.Mutex // one change of the branches at a time
+}
+
+// Work is the worker, for keeper.Main.
+func Work(w *keeper.Worker) error {
+	h := &host{
+		w: w, unions: map[string]*union{},
+		log: slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: slog.LevelWarn})),
+	}
+	if err := h.resume(w.Kept()); err != nil {
+		return err
+	}
+	h.mu.Lock()
+	h.idle = time.AfterFunc(idleFor, h.maybeEnd)
+	h.mu.Unlock()
+	for {
+		c, err := w.Accept()
+		if err != nil {
+			h.mu.Lock()
+			defer h.mu.Unlock()
+			if h.ending {
+				return nil
+			}
+			return err
+		}
+		h.mu.Lock()
+		if h.ending {
+			h.mu.Unlock()
+			c.Close() // the caller tries again, with another helper
+			continue
+		}
+		h.calls++
+		h.mu.Unlock()
+		go func() {
+			h.call(c)
+			c.Close()
+			h.mu.Lock()
+			h.calls--
+			h.rest()
+			h.mu.Unlock()
+		}()
+	}
+}
+
+// rest starts to wait for the end, if there is nothing to do. mu is held.
+func (h *host) rest() {
+	if h.calls > 0 || len(h.unions) > 0 || h.idle == nil {
+		return
+	}
+	if h.tired {
+		h.ending = true
+		h.w.Close()
+		return
+	}
+	h.idle.Reset(idleFor)
+}
+
+func (h *host) maybeEnd() {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.calls > 0 || len(h.unions) > 0 || h.ending {
+		return
+	}
+	h.ending = true
+	h.w.Close()
+}
+
+// call answers the requests of a connection, of which a mount has two.
+func (h *host) call(c *keeper.Conn) {
+	var pending *union
+	for {
+		var req request
+		fds, err := c.Recv(&req)
+		if err != nil {
+			if pending != nil {
+				pending.giveUp()
+			}
+			return
+		}
+		var ans answer
+		switch req.Op {
+		case opMount:
+			if pending != nil || len(fds) != 1 || req.Config == nil {
+				err = errors.New("[bug] a mount needs a device and a configuration, once")
+				break
+			}
+			pending, ans.Repaired, err = h.open(*req.Config, fds[0], req.Devs)
+			fds = nil
+		case opMounted:
+			if pending == nil {
+				err = errors.New("[bug] nothing to be mounted")
+				break
+			}
+			u := pending
+			pending = nil
+			err = u.serve(req.Conn)
+		default:
+			ans, err = h.do(&req)
+		}
+		keeper.CloseAll(fds)
+		ans.Error = remote(err)
+		if c.Send(ans) != nil {
+			if pending != nil {
+				pending.giveUp()
+			}
+			return
+		}
+	}
+}
+
+// do answers all but mounts.
+func (h *host) do(req *request) (ans answer, err error) {
+	ctx := context.Background()
+	switch req.Op {
+	case opInfo, opRest:
+		ans.Info = &Info{Version: Version, PID: os.Getpid()}
+		h.mu.Lock()
+		for _, u := range h.unions {
+			ans.Info.Mounts = append(ans.Info.Mounts, u.cfg.Target)
+		}
+		h.tired = h.tired || req.Op == opRest && len(h.unions) == 0
+		h.mu.Unlock()
+		return ans, nil
+	case opWait:
+		h.wait(req.Target)
+		return ans, nil
+	case opReplace:
+		return ans, h.makeRoom(req.Argv)
+	}
+	u := h.find(req.Target)
+	if u == nil {
+		return ans, errnoNotServed
+	}
+	switch req.Op {
+	case opBranches:
+		for _, b := range u.fs.Branches() {
+			ans.Branches = append(ans.Branches, Branch{b.Path, b.Perm.String()})
+		}
+	case opFlush:
+		err = u.fs.FlushLinks()
+	case opSync:
+		err = u.srv.Load().Sync(ctx)
+	case opInsert, opAppend, opModify, opDelete:
+		err = u.alter(req)
+	default:
+		err = fmt.Errorf("call %q: %w", req.Op, unix.ENOSYS)
+	}
+	return ans, err
+}
+
+// find returns the union that was mounted last on a target.
+func (h *host) find(target string) (found *union) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	for _, u := range h.unions {
+		if u.cfg.Target == target && u.srv.Load() != nil && (found == nil || number(u.name) > number(found.name)) {
+			found = u
+		}
+	}
+	return found
+}
+
+func number(name string) uint64 {
+	n, _ := strconv.ParseUint(name, 10, 64)
+	return n
+}
+
+// wait returns when what was mounted on a target is gone, unless it is still
+// in use somewhere.
+func (h *host) wait(target string) {
+	patience := time.NewTimer(waitFor)
+	defer patience.Stop()
+	h.mu.Lock()
+	var ends []chan struct{}
+	for _, u := range h.unions {
+		if u.cfg.Target == target {
+			ends = append(ends, u.done)
+		}
+	}
+	h.mu.Unlock()
+	for _, c := range ends {
+		select {
+		case <-c:
+		case <-patience.C:
+			return
+		}
+	}
+}
+
+const waitFor = 2 * time.Second
+
+// makeRoom ends this worker, so that the keeper starts another.
+func (h *host) makeRoom(argv []string) error {
+	if err := h.w.Next(argv); err != nil {
+		return err
+	}
+	// After the answer. What is being served then is served again.
+	time.AfterFunc(50*time.Millisecond, func() { os.Exit(keeper.ExitNext) })
+	return nil
+}
+
+// open opens the branches of a union that is to be mounted.
+func (h *host) open(cfg Config, dev int, devs []uint64) (_ *union, _ []Repaired, err error) {
+	u := &union{h: h, cfg: cfg, dev: dev, done: make(chan struct{})}
+	defer func() {
+		if err != nil {
+			unix.Close(dev)
+		}
+	}()
+	for _, d := range devs {
+		if err := h.foreign(d); err != nil {
+			return nil, nil, err
+		}
+	}
+	h.mu.Lock()
+	h.last++
+	h.tired = false
+	u.name = strconv.FormatUint(h.last, 10)
+	h.unions[u.name] = u
+	h.mu.Unlock()
+	rep, w, err := u.openEngine(nil)
+	if err == nil {
+		if u.st, err = fusesrv.NewState(); err == nil {
+			err = u.setMeta()
+		}
+	}
+	if err != nil {
+		u.release(w)
+		return nil, nil, err
+	}
+	return u, rep, nil
+}
+
+// foreign refuses a branch that lies on a mount served here.
+func (h *host) foreign(dev uint64) error {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	for _, u := range h.unions {
+		if u.conn != 0 && unix.Major(dev) == 0 && int(unix.Minor(dev)) == u.conn {
+			return fmt.Errorf("a branch on %s, which the same helper serves: %w", u.cfg.Target, unix.EINVAL)
+		}
+	}
+	return nil
+}
+
+// openEngine opens the union of branches.
+func (u *union) openEngine(r *unionfs.Resume) ([]Repaired, *fusesrv.Watch, error) {
+	ec := &unionfs.Config{NoPlink: u.cfg.NoPlink, SumFree: u.cfg.SumFree, Logger: u.h.log, Resume: r}
+	for _, b := range u.cfg.Branches {
+		p, err := unionfs.ParsePerm(b.Perm)
+		if err != nil {
+			return nil, nil, err
+		}
+		ec.Branches = append(ec.Branches, unionfs.BranchSpec{Path: b.Path, Perm: p})
+	}
+	ec.CopiedUp = func(n *unionfs.Node, _, _ uint64) {
+		if s := u.srv.Load(); s != nil {
+			s.CopiedUp(n)
+		}
+	}
+	var w *fusesrv.Watch
+	if u.mode() == fusesrv.Notify {
+		hub, err := u.h.watcher()
+		if err != nil {
+			return nil, nil, err
+		}
+		w = fusesrv.NewWatch(hub)
+		ec.Watch = w
+	}
+	var rep []unionfs.Repaired
+	var err error
+	if u.fs, rep, err = unionfs.Open(ec); err != nil {
+		u.fs = nil
+		return nil, w, err
+	}
+	u.watch = w
+	var out []Repaired
+	for _, r := range rep {
+		out = append(out, Repaired(r))
+	}
+	return out, w, nil
+}
+
+func (h *host) watcher() (*watch.Hub, error) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.hub == nil {
+		hub, err := watch.New()
+		if err != nil {
+			return nil, err
+		}
+		h.hub = hub
+	}
+	return h.hub, nil
+}
+
+func (u *union) mode() fusesrv.UDBA {
+	switch u.cfg.UDBA {
+	case "none":
+		return fusesrv.None
+	case "reval":
+		return fusesrv.Reval
+	case "strict":
+		return fusesrv.Strict
+	}
+	return fusesrv.Notify
+}
+
+// mountConfig is what concerns mount(2).
+func (c *Config) mountConfig() *fusesrv.Config {
+	return &fusesrv.Config{Target: c.Target, ReadOnly: c.ReadOnly, NoPassthrough: c.NoPassthrough, Source: c.Source}
+}
+
+// serverConfig is what the server needs.
+func (u *union) serverConfig() fusesrv.Config {
+	c := *u.cfg.mountConfig()
+	c.FS, c.UDBA, c.Watch, c.Logger = u.fs, u.mode(), u.watch, u.h.log
+	c.State = u.st
+	c.Keep = func(id uint64, fd int) error { return u.h.w.Store(u.keptName(id), 0, fd) }
+	c.Unkeep = func(id uint64) {
+		if err := u.h.w.DropLater(u.keptName(id)); err != nil {
+			u.h.log.Warn("drop", "err", err)
+		}
+	}
+	return c
+}
+
+func (u *union) keptName(id uint64) string { return u.name + "/" + strconv.FormatUint(id, 10) }
+
+// meta is what the state has besides that of the server.
+type meta struct {
+	Version int
+	Config  Config
+	Locks   []string // paths of the branches whose locks are stored behind device and state
+}
+
+func (u *union) setMeta() error {
+	b, err := keeper.Marshal(meta{Version, u.cfg, u.lockPaths()})
+	if err != nil {
+		return err
+	}
+	return u.st.SetMeta(b)
+}
+
+func (u *union) lockPaths() []string {
+	var paths []string
+	locks := u.fs.Locks()
+	for _, b := range u.fs.Branches() {
+		if locks[b.Path] != nil {
+			paths = append(paths, b.Path)
+		}
+	}
+	return paths
+}
+
+// store gives the keeper what another worker needs.
+func (u *union) store(state *os.File) error {
+	fds := []int{u.dev, int(state.Fd())}
+	locks := u.fs.Locks()
+	for _, p := range u.lockPaths() {
+		fds = append(fds, int(locks[p].Fd()))
+	}
+	return u.h.w.Store(u.name, u.conn, fds...)
+}
+
+// serve begins to serve what is mounted now.
+func (u *union) serve(conn int) error {
+	u.h.mu.Lock()
+	u.conn = conn
+	u.h.mu.Unlock()
+	s, err := fusesrv.Serve(u.serverConfig(), u.dev)
+	if err != nil {
+		u.release(u.watch)
+		return err
+	}
+	if err := u.attend(s); err != nil {
+		// The client unmounts, and that ends it.
+		return err
+	}
+	return nil
+}
+
+// attend makes a server's union known to the keeper, until it ends.
+func (u *union) attend(s *fusesrv.Server) error {
+	u.srv.Store(s)
+	u.st.OnReplace(u.store)
+	err := u.store(u.st.File())
+	go func() {
+		<-s.Done()
+		if err := u.fs.FlushLinks(); err != nil {
+			u.h.log.Warn("flush links", "target", u.cfg.Target, "err", err)
+		}
+		u.release(nil)
+	}()
+	return err
+}
+
+// giveUp ends what was never mounted.
+func (u *union) giveUp() {
+	unix.Close(u.dev)
+	u.release(u.watch)
+}
+
+// release lets the branches go.
+func (u *union) release(w *fusesrv.Watch) {
+	if w != nil {
+		w.Close()
+	}
+	if u.fs != nil {
+		if err := u.fs.Close(); err != nil {
+			u.h.log.Warn("close", "target", u.cfg.Target, "err", err)
+		}
+	}
+	if err := u.h.w.Drop(u.name); err != nil {
+		u.h.log.Warn("drop", "err", err)
+	}
+	if u.st != nil {
+		u.st.Close()
+	}
+	u.h.mu.Lock()
+	delete(u.h.unions, u.name)
+	u.h.rest()
+	u.h.mu.Unlock()
+	close(u.done)
+}
+
+// alter changes the branches.
+func (u *union) alter(req *request) error {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	s := u.srv.Load()
+	select {
+	case <-s.Done():
+		return errnoNotServed
+	default:
+	}
+	var perm unionfs.Perm
+	var err error
+	if req.Op != opDelete {
+		if perm, err = unionfs.ParsePerm(req.Branch.Perm); err != nil {
+			return err
+		}
+		if err := u.h.foreign(req.Dev); req.Op != opModify && err != nil {
+			return err
+		}
+	}
+	s.DropIdle()
+	var rep []unionfs.Repaired
+	switch req.Op {
+	case opInsert:
+		rep, err = u.fs.Insert(req.At, unionfs.BranchSpec{Path: req.Branch.Path, Perm: perm})
+	case opAppend:
+		rep, err = u.fs.Insert(len(u.fs.Branches()), unionfs.BranchSpec{Path: req.Branch.Path, Perm: perm})
+	case opModify:
+		rep, err = u.fs.Modify(req.Branch.Path, perm)
+	case opDelete:
+		err = u.fs.Delete(req.Branch.Path)
+	}
+	for _, r := range rep {
+		u.h.log.Warn("repaired", "branch", r.Branch, "path", r.Path, "action", r.Action)
+	}
+	if err != nil {
+		return err
+	}
+	s.InvalidateAll()
+	u.cfg.Branches = nil
+	for _, b := range u.fs.Branches() {
+		u.cfg.Branches = append(u.cfg.Branches, Branch{b.Path, b.Perm.String()})
+	}
+	return errors.Join(u.setMeta(), u.store(u.st.File()))
+}
+
+// resume goes on with what earlier workers served. What cannot go on is ended:
+// its users get ENOTCONN. An error is for a state that a later version made:
+// the keeper then runs the program that did.
+func (h *host) resume(items []keeper.Item) error {
+	kept := map[string]map[uint64]*os.File{}
+	for _, it := range items {
+		name, id, ok := strings.Cut(it.Name, "/")
+		if !ok {
+			continue
+		}
+		if kept[name] == nil {
+			kept[name] = map[uint64]*os.File{}
+		}
+		if len(it.FDs) == 1 {
+			kept[name][number(id)] = os.NewFile(uintptr(it.FDs[0]), "kept")
+		}
+	}
+	for _, it := range items {
+		if strings.Contains(it.Name, "/") {
+			continue
+		}
+		h.last = max(h.last, number(it.Name))
+		err := h.goOn(it, kept[it.Name])
+		if errors.Is(err, errLater) {
+			return err
+		}
+		if err != nil {
+			h.log.Error("go on", "union", it.Name, "err", err)
+			if err := fusesrv.Abort(it.Conn); err != nil {
+				h.log.Error("abort", "err", err)
+			}
+			if err := h.w.Drop(it.Name); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+var errLater = errors.New("the state is of a later version")
+
+// goOn goes on with one union.
+func (h *host) goOn(it keeper.Item, kept map[uint64]*os.File) (err error) {
+	if len(it.FDs) < 2 {
+		return errors.New("no device and state")
+	}
+	u := &union{h: h, name: it.Name, conn: it.Conn, dev: it.FDs[0], done: make(chan struct{})}
+	if u.st, err = fusesrv.OpenState(os.NewFile(uintptr(it.FDs[1]), "state")); err != nil {
+		return err
+	}
+	var m meta
+	if err := keeper.Unmarshal(u.st.Meta(), &m); err != nil {
+		return fmt.Errorf("state: %w", err)
+	}
+	if m.Version > Version {
+		return fmt.Errorf("%w: %d, and this is %d", errLater, m.Version, Version)
+	}
+	u.cfg = m.Config
+	if len(m.Locks) != len(it.FDs)-2 {
+		return fmt.Errorf("%d locks of %d branches", len(it.FDs)-2, len(m.Locks))
+	}
+	r := &unionfs.Resume{Locks: map[string]*os.File{}}
+	for k, p := range m.Locks {
+		r.Locks[p] = os.NewFile(uintptr(it.FDs[2+k]), filepath.Base(p))
+	}
+	rep, _, err := u.openEngine(r)
+	if err != nil {
+		return err
+	}
+	for _, r := range rep {
+		h.log.Warn("repaired", "branch", r.Branch, "path", r.Path, "action", r.Action)
+	}
+	h.mu.Lock()
+	h.unions[u.name] = u
+	h.mu.Unlock()
+	s, err := fusesrv.Resume(u.serverConfig(), u.dev, kept)
+	if err != nil {
+		u.release(nil)
+		return err
+	}
+	return u.attend(s)
+}

@@ -1,0 +1,109 @@
+package unionhost
+
+import (
+	"errors"
+	"syscall"
+)
+
+// A Branch is a directory of a union, with a permission in the notation of
+// AUFS.
+type Branch struct{ Path, Perm string }
+
+// UDBA is how direct changes of branches are noticed: none, notify, reval or
+// strict.
+type UDBA string
+
+// Config describes a union.
+type Config struct {
+	Target        string // absolute
+	Branches      []Branch
+	UDBA          UDBA
+	ReadOnly      bool
+	NoPassthrough bool
+	NoPlink       bool
+	SumFree       bool
+	Source        string // what mountinfo shows; "" = "union"
+}
+
+// Repaired is a leftover of a crash that was mended.
+type Repaired struct{ Branch, Path, Action string }
+
+// Info tells of a helper.
+type Info struct {
+	Version int // of the calls; see Version
+	PID     int // of the worker
+	Mounts  []string
+}
+
+// Version is that of the calls and of the state. A worker that is older than
+// its client is replaced.
+const Version = 1
+
+// request is a call.
+type request struct {
+	Op     string
+	Target string
+	Config *Config
+	At     int
+	Branch Branch
+	Dev    uint64   // of the branch
+	Devs   []uint64 // of the branches
+	Conn   int
+	Argv   []string
+}
+
+// answer is that of a call.
+type answer struct {
+	Error    *remoteError
+	Repaired []Repaired
+	Branches []Branch
+	Info     *Info
+}
+
+// remoteError is an error that comes from the worker.
+type remoteError struct {
+	Text  string
+	Errno syscall.Errno
+}
+
+func (e *remoteError) Error() string { return e.Text }
+
+// Unwrap returns the errno, if any, for errors.Is.
+func (e *remoteError) Unwrap() error {
+	if e.Errno == 0 {
+		return nil
+	}
+	return e.Errno
+}
+
+func remote(err error) *remoteError {
+	if err == nil {
+		return nil
+	}
+	r := &remoteError{Text: err.Error()}
+	errors.As(err, &r.Errno)
+	return r
+}
+
+// ErrNotServed says that a helper does not serve a target.
+var ErrNotServed = errors.New("the helper does not serve this mount")
+
+// Calls.
+const (
+	opMount    = "mount"
+	opMounted  = "mounted"
+	opInsert   = "insert"
+	opAppend   = "append"
+	opModify   = "modify"
+	opDelete   = "delete"
+	opBranches = "branches"
+	opFlush    = "flush"
+	opSync     = "sync"
+	opInfo     = "info"
+	opReplace  = "replace"
+	opWait     = "wait"
+	opRest     = "rest"
+)
+
+// errnoNotServed is ErrNotServed on the wire.
+const errnoNotServed = syscall.ENXIO
