@@ -25,10 +25,11 @@ type frame = lifecycle.Driver
 // Driver keeps layers as thin devices. It implements [layerfs.Driver],
 // [layerfs.QuotaSetter], [layerfs.LabelSetter], [layerfs.Rollbacker],
 // [layerfs.Cloner], [layerfs.BlockDiffer], [layerfs.Trimmer],
-// [layerfs.Checker] and [layerfs.Repairer].
+// [layerfs.Mounter], [layerfs.Checker] and [layerfs.Repairer].
 type Driver struct {
 	*frame
-	m *mechanism
+	m     *mechanism
+	plans plans
 }
 
 var (
@@ -132,7 +133,7 @@ func open(root string, opts *Options, fault func(string)) (_ *Driver, err error)
 	if m.watch, err = m.startWatch(); err != nil {
 		return fail(errors.Join(err, f.Close()))
 	}
-	return &Driver{f, m}, nil
+	return &Driver{frame: f, m: m}, nil
 }
 
 // prepare finds out what works, and makes the directories if it is enough.
