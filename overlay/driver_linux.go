@@ -47,7 +47,6 @@ type mechanism struct {
 	features layerfs.Features
 	projects *quota.Projects // nil without project quotas
 	method   mount.Method
-	ordered  bool // the file system writes metadata back in order
 }
 
 // name is what errors and Status call the driver.
@@ -148,14 +147,6 @@ func (m *mechanism) learn() error {
 			return err
 		}
 	}
-	fsname, err := feature.FSName(m.home)
-	if err != nil {
-		return err
-	}
-	// ext4's journal and xfs's log commit operations in the order they were
-	// made, so the sync of a later record makes an earlier rename durable:
-	// Documentation/filesystems/ext4/journal.rst; xfs-delayed-logging-design.rst.
-	m.ordered = fsname == "extfs" || fsname == "xfs"
 	m.describe()
 	return nil
 }

@@ -396,4 +396,7 @@ func TestFind(t *testing.T) {
 	require.NoDirExists(t, d.m.layer("orphan"))
 }
 
-var _ lifecycle.Mechanism = (*mechanism)(nil)
+var (
+	_ lifecycle.Mechanism = (*mechanism)(nil)
+	_ lifecycle.IDDeleter = (*mechanism)(nil)
+)

@@ -15,29 +15,38 @@ import (
 	"github.com/layerfs/layerfs/copyup"
 	"github.com/layerfs/layerfs/internal/layerdir"
 	"github.com/layerfs/layerfs/internal/lifecycle"
+	"github.com/layerfs/layerfs/internal/mount"
 	"github.com/layerfs/layerfs/internal/sys"
 	"github.com/layerfs/layerfs/internal/undo"
 )
 
-// Create makes the directories of a layer apart and renames them into place.
+// Create makes the directories of a layer.
 func (m *mechanism) Create(ctx context.Context, rec *lifecycle.Record, parent lifecycle.Chain, opts *layerfs.CreateOptions) error {
 	if rec.Quota == (layerfs.Quota{}) {
 		rec.Quota = m.opts.Quota
 	}
 	return m.build(ctx, rec, parent, func(dir string) error {
-		return m.makeUpper(filepath.Join(dir, "upper"), parent)
+		if err := m.mkdir(rec.ID+"/upper", 0o755); err != nil {
+			return err
+		}
+		return m.inherit(dir+"/upper", parent)
 	})
 }
 
-// build makes a layer whose upper directory a function makes.
+// build makes a layer whose upper directory a function makes. It is made in its
+// place: without a record it is no layer, however far it got.
 func (m *mechanism) build(ctx context.Context, rec *lifecycle.Record, parent lifecycle.Chain, upper func(dir string) error) (err error) {
-	dir, err := m.dir.Build(rec.ID, os.RemoveAll)
+	err = m.mkdir(rec.ID, 0o711)
+	if errors.Is(err, fs.ErrExist) { // without a record, so a crash left it
+		if err := m.Delete(ctx, &lifecycle.Record{ID: rec.ID}); err != nil {
+			return err
+		}
+		err = m.mkdir(rec.ID, 0o711)
+	}
 	if err != nil {
 		return err
 	}
-	if err := os.Mkdir(dir, 0o711); err != nil {
-		return err
-	}
+	dir := m.layer(rec.ID)
 	var u undo.Stack
 	defer u.Run(&err)
 	u.Push(func() error { return os.RemoveAll(dir) })
@@ -50,30 +59,64 @@ func (m *mechanism) build(ctx context.Context, rec *lifecycle.Record, parent lif
 	if err := upper(dir); err != nil {
 		return err
 	}
-	if err := os.Mkdir(filepath.Join(dir, "merged"), 0o700); err != nil {
+	if err := m.mkdir(rec.ID+"/merged", 0o700); err != nil {
 		return err
 	}
 	if len(parent) > 0 {
-		if err := os.Mkdir(filepath.Join(dir, "work"), 0o700); err != nil {
+		if err := m.mkdir(rec.ID+"/work", 0o700); err != nil {
 			return err
 		}
-		if err := sys.WriteFile(filepath.Join(dir, "lower-id"), []byte(rec.Parent), 0o600, false); err != nil {
+		if err := m.writeLowerID(rec); err != nil {
 			return err
 		}
 	}
-	if err := unix.Rename(dir, m.layer(rec.ID)); err != nil {
-		return &os.LinkError{Op: "rename", Old: dir, New: m.layer(rec.ID), Err: err}
-	}
-	u.Push(func() error { return os.Rename(m.layer(rec.ID), dir) })
 	return m.syncLayer(rec.ID)
 }
 
-// makeUpper makes an empty upper directory. It is the root of the merged tree,
-// so it takes the attributes of the parent's.
+// The usual layer is made and removed by these calls, each of which would look
+// up the whole path of the home again.
+
+// mkdir makes a directory in the home.
+func (m *mechanism) mkdir(name string, mode uint32) error {
+	if err := unix.Mkdirat(m.dir.Home(), name, mode); err != nil {
+		return &os.PathError{Op: "mkdirat", Path: filepath.Join(m.home, name), Err: err}
+	}
+	return nil
+}
+
+// rmdir tries to remove a directory in the home.
+func (m *mechanism) rmdir(name string) error {
+	return unix.Unlinkat(m.dir.Home(), name, unix.AT_REMOVEDIR)
+}
+
+// writeLowerID writes the parent's id where people look for it.
+func (m *mechanism) writeLowerID(rec *lifecycle.Record) error {
+	name := rec.ID + "/lower-id"
+	fd, err := sys.Openat(m.dir.Home(), name, unix.O_WRONLY|unix.O_CREAT|unix.O_TRUNC, 0o600)
+	if err != nil {
+		return err
+	}
+	_, err = unix.Write(fd, []byte(rec.Parent))
+	if cerr := unix.Close(fd); err == nil {
+		err = cerr
+	}
+	if err != nil {
+		return &os.PathError{Op: "write", Path: filepath.Join(m.home, name), Err: err}
+	}
+	return nil
+}
+
+// makeUpper makes an empty upper directory.
 func (m *mechanism) makeUpper(path string, parent lifecycle.Chain) error {
 	if err := os.Mkdir(path, 0o755); err != nil {
 		return err
 	}
+	return m.inherit(path, parent)
+}
+
+// inherit gives a new upper directory the attributes of the parent's: it is
+// the root of the merged tree.
+func (m *mechanism) inherit(path string, parent lifecycle.Chain) error {
 	if len(parent) == 0 {
 		return os.Chmod(path, 0o755) // whatever the umask
 	}
@@ -87,58 +130,44 @@ func (m *mechanism) private(xattr string) bool { return strings.HasPrefix(xattr,
 // syncLayer makes a layer's directories durable, where the sync of its record
 // would not.
 func (m *mechanism) syncLayer(id string) error {
-	if m.opts.Durability == layerfs.DurabilityNone || m.ordered {
+	if m.opts.Durability == layerfs.DurabilityNone || m.dir.Ordered() {
 		return nil
 	}
 	for _, dir := range []string{m.layer(id), m.home} {
-		if err := syncDir(dir); err != nil {
+		if err := sys.Fsync(dir); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-func syncDir(path string) error {
-	f, err := os.Open(path)
-	if err != nil {
-		return err
-	}
-	return errors.Join(f.Sync(), f.Close())
-}
-
 // Sync writes the whole file system back: a layer's files cannot be told from
 // others in the page cache.
 func (m *mechanism) Sync(_ context.Context, rec *lifecycle.Record) error {
-	f, err := os.Open(m.upper(rec.ID))
-	if err != nil {
+	if err := sys.Syncfs(m.upper(rec.ID)); err != nil {
 		return err
 	}
-	defer f.Close()
-	for {
-		err := unix.Syncfs(int(f.Fd()))
-		switch {
-		case err == nil:
-			return m.settled(rec.ID)
-		case errors.Is(err, unix.EINTR):
-			continue
-		}
-		return &os.PathError{Op: "syncfs", Path: f.Name(), Err: err}
-	}
+	return m.settled(rec.ID)
 }
 
 // Delete removes a layer's directories. The usual layer is nearly empty, and
 // then a few calls do; RemoveAll does the rest.
-func (m *mechanism) Delete(_ context.Context, rec *lifecycle.Record) error {
-	dir := m.layer(rec.ID)
+func (m *mechanism) Delete(ctx context.Context, rec *lifecycle.Record) error {
 	forget := m.quotas().Forget(rec, m.layer(rec.ID))
-	for _, name := range []string{"/merged", "/work/work", "/work", "/upper"} {
-		if err := unix.Rmdir(dir + name); errors.Is(err, unix.EBUSY) {
-			return &os.PathError{Op: "rmdir", Path: dir + name, Err: err}
+	if err := m.rmdir(rec.ID + "/merged"); errors.Is(err, unix.EBUSY) { // left mounted by a process that died
+		if err := m.Unmount(ctx, rec); err != nil {
+			return err
 		}
+		_ = m.rmdir(rec.ID + "/merged") // or removeRest does, and tells why not
 	}
-	_ = unix.Unlink(dir + "/lower-id")
-	if err := unix.Rmdir(dir); err != nil && !errors.Is(err, unix.ENOENT) {
-		if err := os.RemoveAll(dir); err != nil {
+	if rec.Parent != "" || rec.Created.IsZero() {
+		_ = m.rmdir(rec.ID + "/work/work")
+		_ = m.rmdir(rec.ID + "/work")
+		_ = unix.Unlinkat(m.dir.Home(), rec.ID+"/lower-id", 0)
+	}
+	_ = m.rmdir(rec.ID + "/upper")
+	if err := m.rmdir(rec.ID); err != nil && !errors.Is(err, unix.ENOENT) {
+		if err := m.removeRest(m.layer(rec.ID)); err != nil {
 			return err
 		}
 	}
@@ -147,6 +176,23 @@ func (m *mechanism) Delete(_ context.Context, rec *lifecycle.Record) error {
 	}
 	return forget()
 }
+
+// removeRest removes a directory with what is in it. It stays off a mount that
+// could not be removed: that shows other layers' files.
+func (m *mechanism) removeRest(dir string) error {
+	mounted, err := mount.IsMountPoint(dir + "/merged")
+	if err != nil {
+		return err
+	}
+	if mounted {
+		return &os.PathError{Op: "rmdir", Path: dir + "/merged", Err: unix.EBUSY}
+	}
+	return os.RemoveAll(dir)
+}
+
+// DeletesByID reports that nothing but the directory tells of a layer, and of a
+// quota the id of the project.
+func (m *mechanism) DeletesByID(rec *lifecycle.Record) bool { return rec.Quota == (layerfs.Quota{}) }
 
 // Stored lists the layers that have a directory.
 func (m *mechanism) Stored(context.Context) ([]string, error) {

@@ -23,7 +23,9 @@ type lock struct {
 // that unlocks them all. Several keys are taken in sorted order, so that calls
 // with the same keys never block each other for ever; equal keys count once.
 func (s *Set) Lock(ctx context.Context, keys ...string) (unlock func(), err error) {
-	keys = slices.Compact(slices.Sorted(slices.Values(keys)))
+	if len(keys) > 1 {
+		keys = slices.Compact(slices.Sorted(slices.Values(keys)))
+	}
 	for i, k := range keys {
 		if err := s.lock(ctx, k); err != nil {
 			s.unlock(keys[:i])

@@ -6,6 +6,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -21,35 +22,88 @@ const format = "layerfs 1\n"
 type Dir struct {
 	Locks // of the layers
 
-	dir   string // immutable
-	sync  bool   // immutable; false for durability none
-	boot  string // immutable
-	cache sync.Map
-	temp  atomic.Uint64 // numbers temporary names of this process
+	dir     string // immutable
+	sync    bool   // immutable; false for durability none
+	ordered bool   // immutable; see Ordered
+	boot    string // immutable
+	pid     string // immutable
+	cache   sync.Map
+	temp    atomic.Uint64 // numbers temporary names of this process
+
+	// Immutable, and used between use and unuse only.
+	home, root, records, removed, children, persist, build folder
+
+	removedNames, childrenNames, persistNames listing
 }
+
+// durability says how a file is replaced.
+type durability uint8
+
+const (
+	// volatile syncs nothing.
+	volatile durability = iota
+	// durable syncs the content before the file gets its name, and then the
+	// name.
+	durable
+	// durableInOrder does so where the file system keeps the order of what
+	// happens (see inOrder). There the content need only be written before, and
+	// one sync makes it, the file and its name durable, where two would each
+	// wait for the journal.
+	durableInOrder
+)
 
 // Open opens the state directory in home, which must exist, and makes it if it
 // is new. The error matches errors.ErrUnsupported if a later version made it.
-func Open(home string, durability layerfs.Durability) (*Dir, error) {
-	d := &Dir{dir: filepath.Join(home, ".layerfs"), sync: durability != layerfs.DurabilityNone, boot: BootID()}
-	for _, sub := range []string{"", "records", "removed", "children", "persist", "build"} {
-		if err := os.Mkdir(d.path(sub), 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
+func Open(home string, policy layerfs.Durability) (_ *Dir, err error) {
+	d := &Dir{
+		dir: filepath.Join(home, ".layerfs"), sync: policy != layerfs.DurabilityNone,
+		boot: BootID(), pid: strconv.Itoa(os.Getpid()),
+	}
+	var open []folder
+	shut := func() (err error) {
+		for _, f := range open {
+			err = errors.Join(err, f.close())
+		}
+		return err
+	}
+	defer func() {
+		if err != nil {
+			_ = shut() // what went wrong first is what is told
+		}
+	}()
+	for _, sub := range []struct {
+		to   *folder
+		name string
+	}{{&d.home, ".."}, {&d.root, ""}, {&d.records, "records"}, {&d.removed, "removed"}, {&d.children, "children"}, {&d.persist, "persist"}, {&d.build, "build"}} {
+		path := d.path(sub.name)
+		if err := os.Mkdir(path, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
 			return nil, err
 		}
+		if *sub.to, err = openFolder(path); err != nil {
+			return nil, err
+		}
+		open = append(open, *sub.to)
 	}
+	d.ordered = inOrder(d.dir)
 	if err := d.checkFormat(); err != nil {
 		return nil, err
 	}
-	if err := d.Locks.open(d.path("locks")); err != nil {
+	if err := d.Locks.open(d.path("locks"), shut); err != nil {
 		return nil, err
 	}
 	return d, nil
 }
 
+// Ordered reports whether the file system makes what happened to it durable in
+// the order in which it happened: the sync of a record then makes everything
+// durable that was renamed or made before it.
+func (d *Dir) Ordered() bool { return d.ordered }
+
 func (d *Dir) checkFormat() error {
-	b, err := os.ReadFile(d.path("format"))
+	b, err := d.root.read("format")
 	if errors.Is(err, fs.ErrNotExist) {
-		return d.writeFile(d.path("format"), []byte(format))
+		_, err = d.write(d.root, "format", []byte(format))
+		return err
 	}
 	if err != nil {
 		return err
@@ -76,40 +130,39 @@ func (d *Dir) Build(id string, clear func(path string) error) (string, error) {
 }
 
 // Builds lists the layers that have something in the build directory.
-func (d *Dir) Builds() ([]string, error) { return d.ids("build") }
+func (d *Dir) Builds() ([]string, error) { return d.ids(&d.build, ".") }
 
 // BuildPath returns the path Build returns.
 func (d *Dir) BuildPath(id string) string { return d.path("build", id) }
 
-// writeFile replaces a file atomically and syncs it and its directory as the
+// write replaces a file atomically and makes it and its name durable as the
 // policy says. The temporary name starts with a dot, so it is no id;
 // [Dir.ClearTemporary] removes what a crash left.
-func (d *Dir) writeFile(path string, data []byte) error {
-	dir, base := filepath.Split(path)
-	temp := fmt.Sprintf("%s.%s.%d.%d", dir, base, os.Getpid(), d.temp.Add(1))
-	err := writeNew(temp, data, d.sync)
-	if err == nil {
-		err = rename(temp, path)
+func (d *Dir) write(to folder, name string, data []byte) (stamp, error) {
+	temp := "." + name + "." + d.pid + "." + strconv.FormatUint(d.temp.Add(1), 10)
+	how := volatile
+	switch {
+	case d.sync && d.ordered:
+		how = durableInOrder
+	case d.sync:
+		how = durable
 	}
-	if err != nil {
-		_ = unlink(temp) // what went wrong first is what is told
-		return err
-	}
-	if d.sync {
-		return syncDir(dir)
-	}
-	return nil
+	return to.replace(name, temp, data, how)
 }
 
 // ClearTemporary removes what writers that crashed left of their files.
 func (d *Dir) ClearTemporary() error {
-	for _, sub := range []string{"records", "persist"} {
-		entries, err := os.ReadDir(d.path(sub))
+	if err := d.use(); err != nil {
+		return err
+	}
+	defer d.unuse()
+	for _, sub := range []folder{d.records, d.removed, d.persist} {
+		names, err := sub.names(".")
 		if err != nil {
 			return err
 		}
-		for _, e := range entries {
-			id, ok := temporaryOf(e.Name())
+		for _, name := range names {
+			id, ok := temporaryOf(name)
 			if !ok {
 				continue
 			}
@@ -120,9 +173,9 @@ func (d *Dir) ClearTemporary() error {
 			if !ok { // its writer lives
 				continue
 			}
-			err = os.Remove(d.path(sub, e.Name()))
+			err = sub.unlink(name)
 			unlock()
-			if err != nil && !errors.Is(err, fs.ErrNotExist) {
+			if err != nil {
 				return err
 			}
 		}
@@ -144,11 +197,4 @@ func temporaryOf(name string) (id string, ok bool) {
 		name = name[:i]
 	}
 	return name, layerfs.CheckID(name) == nil
-}
-
-func (d *Dir) syncDir(sub string) error {
-	if !d.sync {
-		return nil
-	}
-	return syncDir(d.path(sub))
 }

@@ -1,9 +1,11 @@
 package layerdir
 
 import (
-	"errors"
-	"io/fs"
+	"fmt"
+	"io"
 	"os"
+	"path/filepath"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -14,34 +16,275 @@ import (
 // twice as many (descriptors are put into non-blocking mode and back, Rename
 // and Remove look before they act).
 
-// create makes an empty file, which may exist.
-func create(path string) error {
-	err := unix.Mknod(path, unix.S_IFREG|0o600, 0)
-	if err == nil || errors.Is(err, unix.EEXIST) {
+// folder is a directory that stays open, so that the kernel looks up one name
+// and not a whole path for each of its entries. Whoever uses one sees to it
+// that it is not closed meanwhile: see Locks.use.
+type folder struct {
+	path string
+	fd   int
+}
+
+func openFolder(path string) (folder, error) {
+	fd, err := sys.Openat(unix.AT_FDCWD, path, unix.O_RDONLY|unix.O_DIRECTORY, 0)
+	return folder{path, fd}, err
+}
+
+// Home returns a descriptor of the home, for calls that take one. It is open for
+// as long as the caller has the lock of a layer, or a hold.
+func (d *Dir) Home() int { return d.home.fd }
+
+func (f folder) close() error {
+	if err := unix.Close(f.fd); err != nil {
+		return errPath("close", f.path, err)
+	}
+	return nil
+}
+
+func (f folder) err(op, name string, err error) error {
+	if err == nil {
 		return nil
 	}
-	return errPath("mknod", path, err)
+	return errPath(op, f.path+"/"+name, err)
 }
 
-// writeNew makes or truncates a file.
-func writeNew(path string, data []byte, sync bool) error {
-	return sys.WriteFile(path, data, 0o600, sync)
+// open opens an entry, retrying EINTR.
+func (f folder) open(name string, flags int) (int, error) {
+	for {
+		fd, err := unix.Openat(f.fd, name, flags|unix.O_CLOEXEC, 0o600)
+		if err != unix.EINTR {
+			return fd, f.err("openat", name, err)
+		}
+	}
 }
 
-func rename(from, to string) error {
-	if err := unix.Rename(from, to); err != nil {
-		return &os.LinkError{Op: "rename", Old: from, New: to, Err: err}
+// create makes an empty file, which may exist.
+func (f folder) create(name string) error {
+	err := unix.Mknodat(f.fd, name, unix.S_IFREG|0o600, 0)
+	if err == unix.EEXIST {
+		return nil
+	}
+	return f.err("mknodat", name, err)
+}
+
+// mkdir makes a directory, which may exist.
+func (f folder) mkdir(name string) error {
+	err := unix.Mkdirat(f.fd, name, 0o700)
+	if err == unix.EEXIST {
+		return nil
+	}
+	return f.err("mkdirat", name, err)
+}
+
+// rename moves an entry to another folder.
+func (f folder) rename(name string, to folder) error {
+	if err := unix.Renameat(f.fd, name, to.fd, name); err != nil {
+		return &os.LinkError{Op: "renameat", Old: f.path + "/" + name, New: to.path + "/" + name, Err: err}
 	}
 	return nil
 }
 
 // unlink removes a file; a missing one is no error.
-func unlink(path string) error {
-	if err := unix.Unlink(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return errPath("unlink", path, err)
+func (f folder) unlink(name string) error {
+	err := unix.Unlinkat(f.fd, name, 0)
+	if err == unix.ENOENT {
+		return nil
+	}
+	return f.err("unlinkat", name, err)
+}
+
+// rmdir removes a directory if it is there and empty.
+func (f folder) rmdir(name string) { _ = unix.Unlinkat(f.fd, name, unix.AT_REMOVEDIR) }
+
+// stamp tells one state of a file that is replaced and not rewritten from
+// another.
+type stamp struct {
+	inode   uint64
+	written unix.Timespec
+	size    int64
+}
+
+func stampOf(st *unix.Stat_t) stamp { return stamp{st.Ino, st.Mtim, st.Size} }
+
+func (s stamp) same(t stamp) bool { return s == t }
+
+func (f folder) stat(name string) (stamp, error) {
+	var st unix.Stat_t
+	if err := unix.Fstatat(f.fd, name, &st, unix.AT_SYMLINK_NOFOLLOW); err != nil {
+		return stamp{}, f.err("fstatat", name, err)
+	}
+	return stampOf(&st), nil
+}
+
+// read returns the content of a file.
+func (f folder) read(name string) ([]byte, error) {
+	fd, err := f.open(name, unix.O_RDONLY)
+	if err != nil {
+		return nil, err
+	}
+	defer unix.Close(fd)
+	buf := make([]byte, 0, 1024) // what records and other states usually fit in
+	for {
+		n, err := unix.Read(fd, buf[len(buf):cap(buf)])
+		switch {
+		case err == unix.EINTR:
+			continue
+		case err != nil:
+			return nil, f.err("read", name, err)
+		case n == 0:
+			return buf, nil
+		}
+		if buf = buf[:len(buf)+n]; len(buf) == cap(buf) {
+			buf = append(buf, make([]byte, len(buf))...)[:len(buf)]
+		}
+	}
+}
+
+// names lists the entries of a directory in the folder, or of "." itself.
+func (f folder) names(name string) ([]string, error) {
+	fd, err := f.open(name, unix.O_RDONLY|unix.O_DIRECTORY)
+	if err != nil {
+		return nil, err
+	}
+	dir := os.NewFile(uintptr(fd), f.path+"/"+name)
+	defer dir.Close()
+	return dir.Readdirnames(-1)
+}
+
+// state tells whether a directory has changed.
+type state struct {
+	inode, links     uint64
+	changed, entered unix.Timespec // ctime and mtime
+	size             int64
+}
+
+// before reports whether the last change was before t.
+func (s state) before(t time.Time) bool {
+	return time.Unix(s.changed.Unix()).Before(t) && time.Unix(s.entered.Unix()).Before(t)
+}
+
+func (f folder) state() (state, bool) {
+	var st unix.Stat_t
+	if err := unix.Fstat(f.fd, &st); err != nil {
+		return state{}, false
+	}
+	return state{st.Ino, uint64(st.Nlink), st.Ctim, st.Mtim, st.Size}, true //nolint:unconvert // 32 bits wide on some architectures
+}
+
+// few returns the names in the folder, or nil if there are more than n or they
+// cannot be read.
+func (f folder) few(n int) map[string]bool {
+	fd, err := f.open(".", unix.O_RDONLY|unix.O_DIRECTORY)
+	if err != nil {
+		return nil
+	}
+	dir := os.NewFile(uintptr(fd), f.path)
+	defer dir.Close()
+	list, err := dir.Readdirnames(n + 1)
+	if err != nil && err != io.EOF || len(list) > n {
+		return nil
+	}
+	names := make(map[string]bool, len(list))
+	for _, name := range list {
+		names[name] = true
+	}
+	return names
+}
+
+// sync makes the names in the folder durable.
+func (f folder) sync() error { return f.err("fsync", ".", unix.Fsync(f.fd)) }
+
+// replace puts a file with this content under a name in one step, by way of a
+// temporary name.
+func (f folder) replace(name, temp string, data []byte, how durability) (_ stamp, err error) {
+	fd, err := f.open(temp, unix.O_WRONLY|unix.O_CREAT|unix.O_TRUNC)
+	if err != nil {
+		return stamp{}, err
+	}
+	defer func() {
+		if cerr := unix.Close(fd); err == nil {
+			err = f.err("close", temp, cerr)
+		}
+		if err != nil {
+			_ = f.unlink(temp) // what went wrong first is what is told
+		}
+	}()
+	if err := f.fill(fd, temp, data); err != nil {
+		return stamp{}, err
+	}
+	switch how {
+	case durable:
+		err = f.err("fsync", temp, unix.Fsync(fd))
+	case durableInOrder:
+		const all = unix.SYNC_FILE_RANGE_WAIT_BEFORE | unix.SYNC_FILE_RANGE_WRITE | unix.SYNC_FILE_RANGE_WAIT_AFTER
+		err = f.err("sync_file_range", temp, unix.SyncFileRange(fd, 0, 0, all))
+	}
+	if err != nil {
+		return stamp{}, err
+	}
+	var st unix.Stat_t // a rename changes none of what a stamp has
+	if err := unix.Fstat(fd, &st); err != nil {
+		return stamp{}, f.err("fstat", temp, err)
+	}
+	if err := unix.Renameat(f.fd, temp, f.fd, name); err != nil {
+		return stamp{}, &os.LinkError{Op: "renameat", Old: f.path + "/" + temp, New: f.path + "/" + name, Err: err}
+	}
+	switch how {
+	case durable:
+		err = f.sync()
+	case durableInOrder:
+		err = f.err("fsync", name, unix.Fsync(fd))
+	}
+	return stampOf(&st), err
+}
+
+func (f folder) fill(fd int, name string, data []byte) error {
+	for len(data) > 0 {
+		n, err := unix.Write(fd, data)
+		if err == unix.EINTR {
+			continue
+		}
+		if err != nil {
+			return f.err("write", name, err)
+		}
+		data = data[n:]
 	}
 	return nil
 }
 
-// rmdir removes a directory if it is there and empty.
-func rmdir(path string) { _ = unix.Rmdir(path) }
+// inOrder reports whether the file system of a directory commits what happened
+// to it in the order in which it happened, so that the fsync of a file makes
+// its last rename durable, and everything before.
+//
+// ext4 does with its journal and xfs with its log, to both of which a rename
+// adds the inode that is renamed:
+// Documentation/filesystems/ext4/journal.rst, xfs-delayed-logging-design.rst.
+// ext4 without a journal does not, and tells by the task that commits it
+// (journal_task, Documentation/ABI/testing/sysfs-fs-ext4, Linux 4.19).
+func inOrder(path string) bool {
+	var fs unix.Statfs_t
+	if err := unix.Statfs(path, &fs); err != nil {
+		return false
+	}
+	switch int64(fs.Type) { //nolint:unconvert // 32 bits wide on some architectures
+	case unix.XFS_SUPER_MAGIC:
+		return true
+	case unix.EXT4_SUPER_MAGIC:
+		return hasJournal(path)
+	}
+	return false
+}
+
+func hasJournal(path string) bool {
+	var st unix.Stat_t
+	if err := unix.Stat(path, &st); err != nil {
+		return false
+	}
+	dev := uint64(st.Dev) //nolint:unconvert // 32 bits wide on some architectures
+	device, err := os.Readlink(fmt.Sprintf("/sys/dev/block/%d:%d", unix.Major(dev), unix.Minor(dev)))
+	if err != nil {
+		return false
+	}
+	// A number of a process, 0 if it is not in our namespace, or "<none>".
+	task, err := os.ReadFile("/sys/fs/ext4/" + filepath.Base(device) + "/journal_task")
+	return err == nil && len(task) > 0 && task[0] >= '0' && task[0] <= '9'
+}

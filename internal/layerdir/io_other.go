@@ -6,14 +6,108 @@ import (
 	"errors"
 	"io/fs"
 	"os"
+	"path/filepath"
+	"time"
 )
 
-func create(path string) error {
-	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE, 0o600)
+// folder is a directory of the state; see its form for Linux.
+type folder struct {
+	path string
+}
+
+func openFolder(path string) (folder, error) { return folder{path}, nil }
+
+func (f folder) close() error { return nil }
+
+func (f folder) at(name string) string { return filepath.Join(f.path, name) }
+
+// create makes an empty file, which may exist.
+func (f folder) create(name string) error {
+	file, err := os.OpenFile(f.at(name), os.O_WRONLY|os.O_CREATE, 0o600)
 	if err != nil {
 		return err
 	}
-	return f.Close()
+	return file.Close()
+}
+
+// mkdir makes a directory, which may exist.
+func (f folder) mkdir(name string) error {
+	if err := os.Mkdir(f.at(name), 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
+		return err
+	}
+	return nil
+}
+
+// rename moves an entry to another folder.
+func (f folder) rename(name string, to folder) error { return os.Rename(f.at(name), to.at(name)) }
+
+// unlink removes a file; a missing one is no error.
+func (f folder) unlink(name string) error {
+	if err := os.Remove(f.at(name)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	return nil
+}
+
+// rmdir removes a directory if it is there and empty.
+func (f folder) rmdir(name string) { _ = os.Remove(f.at(name)) }
+
+// stamp tells one state of a file that is replaced and not rewritten from
+// another.
+type stamp struct {
+	info fs.FileInfo
+}
+
+func (s stamp) same(t stamp) bool {
+	return os.SameFile(s.info, t.info) && s.info.ModTime().Equal(t.info.ModTime()) && s.info.Size() == t.info.Size()
+}
+
+func (f folder) stat(name string) (stamp, error) {
+	fi, err := os.Lstat(f.at(name))
+	return stamp{fi}, err
+}
+
+// read returns the content of a file.
+func (f folder) read(name string) ([]byte, error) { return os.ReadFile(f.at(name)) }
+
+// names lists the entries of a directory in the folder, or of "." itself.
+func (f folder) names(name string) ([]string, error) {
+	dir, err := os.Open(f.at(name))
+	if err != nil {
+		return nil, err
+	}
+	defer dir.Close()
+	return dir.Readdirnames(-1)
+}
+
+// state tells whether a directory has changed; that is not asked here.
+type state struct{}
+
+func (state) before(time.Time) bool { return false }
+
+func (f folder) state() (state, bool) { return state{}, false }
+
+func (f folder) few(int) map[string]bool { return nil }
+
+// sync makes the names in the folder durable.
+func (f folder) sync() error { return syncDir(f.path) }
+
+// replace puts a file with this content under a name in one step, by way of a
+// temporary name.
+func (f folder) replace(name, temp string, data []byte, how durability) (_ stamp, err error) {
+	if err := writeNew(f.at(temp), data, how != volatile); err != nil {
+		return stamp{}, errors.Join(err, f.unlink(temp))
+	}
+	if err := os.Rename(f.at(temp), f.at(name)); err != nil {
+		_ = f.unlink(temp) // what went wrong first is what is told
+		return stamp{}, err
+	}
+	if how != volatile {
+		if err := f.sync(); err != nil {
+			return stamp{}, err
+		}
+	}
+	return f.stat(name)
 }
 
 func writeNew(path string, data []byte, sync bool) error {
@@ -31,15 +125,5 @@ func writeNew(path string, data []byte, sync bool) error {
 	return err
 }
 
-func rename(from, to string) error { return os.Rename(from, to) }
-
-// unlink removes a file; a missing one is no error.
-func unlink(path string) error {
-	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return err
-	}
-	return nil
-}
-
-// rmdir removes a directory if it is there and empty.
-func rmdir(path string) { _ = os.Remove(path) }
+// inOrder is known of file systems of Linux only.
+func inOrder(string) bool { return false }

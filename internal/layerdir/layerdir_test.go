@@ -45,7 +45,7 @@ func TestRecord(t *testing.T) {
 	require.Equal(t, "test", got.Incomplete, "a record of another process must be seen")
 
 	require.NoError(t, a.AddChild("p", "x"))
-	require.NoError(t, a.Drop(changed))
+	require.NoError(t, a.Drop(changed, true))
 	_, err = b.Load("x")
 	require.ErrorIs(t, err, layerfs.ErrNotExist)
 	removed, err := b.Removed()
@@ -63,7 +63,7 @@ func TestRecordDamaged(t *testing.T) {
 	for name, content := range map[string]string{
 		"empty": "", "cut": `{"id": "cut`, "renamed": `{"id": "other"}`, "parent": `{"id": "parent", "parent": "../x"}`,
 	} {
-		require.NoError(t, os.WriteFile(d.recordPath(name), []byte(content), 0o600))
+		require.NoError(t, os.WriteFile(d.path("records", name), []byte(content), 0o600))
 		_, err := d.Load(name)
 		require.Error(t, err, name)
 		require.NotErrorIs(t, err, layerfs.ErrNotExist, name)

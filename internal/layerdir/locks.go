@@ -4,10 +4,12 @@ import (
 	"context"
 	"crypto/sha256"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"os"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/layerfs/layerfs/internal/keylock"
@@ -28,10 +30,13 @@ import (
 type Locks struct {
 	keys keylock.Set
 	file lockFile
+	more func() error // immutable; closes what goes with the locks
 
-	mu     sync.Mutex
-	closed bool // guarded by mu
-	holds  int  // guarded by mu; holds of this process
+	// The locks and holds of this process, what [Dir] is doing, and one for
+	// being open. At 0 the files are closed, so no call of another goroutine
+	// can ever meet a descriptor that belongs to something else by now.
+	users  atomic.Int64
+	closed atomic.Bool
 }
 
 // Hold says how a layer is held; each is a byte of the layer's place.
@@ -55,12 +60,44 @@ func place(id string) int64 {
 	return int64(binary.LittleEndian.Uint64(sum[:])>>6) * bytesPerLayer
 }
 
-func (l *Locks) open(path string) error {
+func (l *Locks) open(path string, more func() error) error {
+	l.more = more
+	l.users.Store(1)
 	return l.file.open(path)
 }
 
+// use keeps the files open until unuse. The error is os.ErrClosed if they are
+// closed already.
+func (l *Locks) use() error {
+	for {
+		n := l.users.Load()
+		if n == 0 {
+			return os.ErrClosed
+		}
+		if l.users.CompareAndSwap(n, n+1) {
+			return nil
+		}
+	}
+}
+
+func (l *Locks) unuse() {
+	if l.users.Add(-1) == 0 {
+		_ = l.shut() // nobody is left to tell; nothing was written to them
+	}
+}
+
+func (l *Locks) shut() error { return errors.Join(l.file.close(), l.more()) }
+
 // Lock takes the locks of layers, waiting until ctx is done.
 func (l *Locks) Lock(ctx context.Context, ids ...string) (unlock func(), err error) {
+	if err := l.use(); err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			l.unuse()
+		}
+	}()
 	release, err := l.keys.Lock(ctx, ids...)
 	if err != nil {
 		return nil, err
@@ -77,12 +114,17 @@ func (l *Locks) Lock(ctx context.Context, ids ...string) (unlock func(), err err
 			return nil, err
 		}
 	}
-	return sync.OnceFunc(func() {
+	var done atomic.Bool
+	return func() {
+		if done.Swap(true) {
+			return
+		}
 		for _, id := range order {
 			l.file.unlock(place(id)+int64(mutate), 1)
 		}
 		release()
-	}), nil
+		l.unuse()
+	}, nil
 }
 
 // lock polls: a blocking lock call cannot be given up when ctx is done. Only
@@ -106,46 +148,48 @@ func (l *Locks) lock(ctx context.Context, id string) error {
 
 // TryLock takes the lock of a layer if nobody has it.
 func (l *Locks) TryLock(id string) (unlock func(), ok bool, err error) {
+	if err := l.use(); err != nil {
+		return nil, false, err
+	}
 	release, ok := l.keys.TryLock(id)
 	if !ok {
+		l.unuse()
 		return nil, false, nil
 	}
 	ok, err = l.file.tryLock(place(id)+int64(mutate), 1, true)
 	if err != nil || !ok {
 		release()
+		l.unuse()
 		return nil, false, err
 	}
 	return sync.OnceFunc(func() {
 		l.file.unlock(place(id)+int64(mutate), 1)
 		release()
+		l.unuse()
 	}), true, nil
 }
 
 // Hold takes a hold of this process on a layer whose lock the caller has.
 // Holds of one kind do not count: the caller does.
 func (l *Locks) Hold(id string, h Hold) error {
-	ok, err := l.file.tryLock(place(id)+int64(h), 1, false)
-	if err != nil {
+	if err := l.use(); err != nil {
 		return err
 	}
-	if !ok {
-		return fmt.Errorf("[bug] somebody holds %s exclusively", id)
+	ok, err := l.file.tryLock(place(id)+int64(h), 1, false)
+	if err == nil && !ok {
+		err = fmt.Errorf("[bug] somebody holds %s exclusively", id)
 	}
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	l.holds++
-	return nil
+	if err != nil {
+		l.unuse()
+	}
+	return err
 }
 
 // Release gives up a hold of this process on a layer whose lock the caller has.
+// It cannot fail.
 func (l *Locks) Release(id string, h Hold) {
 	l.file.unlock(place(id)+int64(h), 1)
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	l.holds--
-	if l.closed && l.holds == 0 {
-		l.file.close()
-	}
+	l.unuse()
 }
 
 // Others tells how other drivers, in this process or another, hold a layer
@@ -163,6 +207,10 @@ func (o Others) Got() bool { return o.Writable || o.ReadOnly }
 // Others asks the kernel. The usual answer, none, costs one call.
 func (l *Locks) Others(id string) (Others, error) {
 	var o Others
+	if err := l.use(); err != nil {
+		return o, err
+	}
+	defer l.unuse()
 	p := place(id)
 	held, err := l.file.probe(p+int64(HeldWritable), int64(holdEnd-HeldWritable))
 	if err != nil || !held {
@@ -179,19 +227,13 @@ func (l *Locks) Others(id string) (Others, error) {
 	return o, nil
 }
 
-// Close closes the lock file. Holds that are left last until they are
-// released or the process ends.
+// Close closes the files once nobody uses them. Holds that are left last until
+// they are released or the process ends. A second call does nothing.
 func (l *Locks) Close() error {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if l.closed {
+	if l.closed.Swap(true) || l.users.Add(-1) > 0 {
 		return nil
 	}
-	l.closed = true
-	if l.holds > 0 {
-		return nil
-	}
-	return l.file.close()
+	return l.shut()
 }
 
 func errPath(op, path string, err error) error {
@@ -199,5 +241,8 @@ func errPath(op, path string, err error) error {
 }
 
 func sorted(ids []string) []string {
+	if len(ids) == 1 {
+		return ids
+	}
 	return slices.Compact(slices.Sorted(slices.Values(ids)))
 }

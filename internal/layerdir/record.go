@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"os"
 	"path/filepath"
 	"time"
 
@@ -41,8 +40,11 @@ func (d *Dir) Load(id string) (*Record, error) {
 	if err := layerfs.CheckID(id); err != nil {
 		return nil, err
 	}
-	path := d.recordPath(id)
-	fi, err := os.Lstat(path)
+	if err := d.use(); err != nil {
+		return nil, err
+	}
+	defer d.unuse()
+	at, err := d.records.stat(id)
 	if errors.Is(err, fs.ErrNotExist) {
 		d.cache.Delete(id)
 		return nil, layerfs.ErrNotExist
@@ -51,18 +53,18 @@ func (d *Dir) Load(id string) (*Record, error) {
 		return nil, err
 	}
 	if c, ok := d.cache.Load(id); ok {
-		if c := c.(cached); os.SameFile(c.fi, fi) && c.fi.ModTime().Equal(fi.ModTime()) && c.fi.Size() == fi.Size() {
+		if c := c.(cached); c.at.same(at) {
 			return c.rec, nil
 		}
 	}
-	rec, err := readRecord(path, id)
+	rec, err := readRecord(d.records, id)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, layerfs.ErrNotExist
 	}
 	if err != nil {
 		return nil, err
 	}
-	d.cache.Store(id, cached{rec, fi})
+	d.cache.Store(id, cached{rec, at})
 	return rec, nil
 }
 
@@ -70,11 +72,11 @@ func (d *Dir) Load(id string) (*Record, error) {
 // rename, never rewritten, so another inode or time means another record.
 type cached struct {
 	rec *Record
-	fi  fs.FileInfo
+	at  stamp
 }
 
-func readRecord(path, id string) (*Record, error) {
-	b, err := os.ReadFile(path)
+func readRecord(from folder, id string) (*Record, error) {
+	b, err := from.read(id)
 	if err != nil {
 		return nil, err
 	}
@@ -94,72 +96,103 @@ func readRecord(path, id string) (*Record, error) {
 }
 
 // Save makes or replaces the record of a layer whose lock the caller holds;
-// rec must not be changed any more. It is atomic and, unless the policy is none, on stable storage on return.
+// rec must not be changed any more. It is atomic and, unless the policy is
+// none, on stable storage on return.
 func (d *Dir) Save(rec *Record) error {
-	b, err := json.MarshalIndent(rec, "", "\t")
-	if err != nil {
-		return fmt.Errorf("record of %s: %w", rec.ID, err)
+	if err := d.use(); err != nil {
+		return err
 	}
-	path := d.recordPath(rec.ID)
-	if err := d.writeFile(path, append(b, '\n')); err != nil {
+	defer d.unuse()
+	at, err := d.save(d.records, rec)
+	if err != nil {
 		return err
 	}
 	// Nobody else can have replaced it since, and reading it back would give
 	// the same.
-	if fi, err := os.Lstat(path); err == nil {
-		d.cache.Store(rec.ID, cached{rec, fi})
-	}
+	d.cache.Store(rec.ID, cached{rec, at})
 	return nil
+}
+
+func (d *Dir) save(to folder, rec *Record) (stamp, error) {
+	b, err := json.Marshal(rec)
+	if err != nil {
+		return stamp{}, fmt.Errorf("record of %s: %w", rec.ID, err)
+	}
+	return d.write(to, rec.ID, append(b, '\n'))
 }
 
 // IDs lists the layers that have a record, in no order.
-func (d *Dir) IDs() ([]string, error) { return d.ids("records") }
+func (d *Dir) IDs() ([]string, error) { return d.ids(&d.records, ".") }
 
-// Drop commits the removal of a layer whose lock the caller holds: it is gone,
-// and [Dir.Removed] lists it until [Dir.Forget].
-func (d *Dir) Drop(rec *Record) error {
-	if err := rename(d.recordPath(rec.ID), d.path("removed", rec.ID)); err != nil {
+// Drop commits the removal of a layer whose lock the caller holds: it is gone.
+// With remember set its record is kept elsewhere, and [Dir.Removed] lists it
+// until [Dir.Forget]; without, the storage must be found by the id alone.
+func (d *Dir) Drop(rec *Record, remember bool) error {
+	if err := d.use(); err != nil {
 		return err
 	}
+	defer d.unuse()
 	d.cache.Delete(rec.ID)
-	if err := d.syncDir("records"); err != nil {
+	var err error
+	if remember {
+		err = d.records.rename(rec.ID, d.removed)
+	} else {
+		err = d.records.unlink(rec.ID)
+	}
+	if err == nil && d.sync {
+		err = d.records.sync()
+	}
+	if err == nil && rec.Parent != "" {
+		err = d.children.unlink(rec.Parent + "/" + rec.ID)
+	}
+	return err
+}
+
+// Remember makes [Dir.Removed] list a layer that was dropped without.
+func (d *Dir) Remember(rec *Record) error {
+	if err := d.use(); err != nil {
 		return err
 	}
-	if rec.Parent != "" {
-		if err := d.RemoveChild(rec.Parent, rec.ID); err != nil {
-			return err
-		}
-	}
-	return nil
+	defer d.unuse()
+	_, err := d.save(d.removed, rec)
+	return err
 }
 
 // Removed lists the layers that were dropped but not yet forgotten.
-func (d *Dir) Removed() ([]string, error) { return d.ids("removed") }
+func (d *Dir) Removed() ([]string, error) { return d.ids(&d.removed, ".") }
 
 // LoadRemoved returns the record of a dropped layer.
 func (d *Dir) LoadRemoved(id string) (*Record, error) {
-	return readRecord(d.path("removed", id), id)
+	if err := d.use(); err != nil {
+		return nil, err
+	}
+	defer d.unuse()
+	if d.removedNames.lacks(&d.removed, id) {
+		return nil, layerfs.ErrNotExist
+	}
+	return readRecord(d.removed, id)
 }
 
 // Forget ends the removal of a layer: its storage is gone.
 func (d *Dir) Forget(id string) error {
-	return unlink(d.path("removed", id))
+	if err := d.use(); err != nil {
+		return err
+	}
+	defer d.unuse()
+	return d.removed.unlink(id)
 }
-
-func (d *Dir) recordPath(id string) string { return d.path("records", id) }
 
 func (d *Dir) path(elem ...string) string {
 	return filepath.Join(append([]string{d.dir}, elem...)...)
 }
 
 // ids lists the names in a directory that are ids; others are temporary.
-func (d *Dir) ids(sub string) ([]string, error) {
-	f, err := os.Open(d.path(sub))
-	if err != nil {
+func (d *Dir) ids(in *folder, sub string) ([]string, error) {
+	if err := d.use(); err != nil {
 		return nil, err
 	}
-	defer f.Close()
-	names, err := f.Readdirnames(-1)
+	defer d.unuse()
+	names, err := in.names(sub)
 	if err != nil {
 		return nil, err
 	}

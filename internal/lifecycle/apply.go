@@ -37,7 +37,10 @@ func (d *Driver) change(ctx context.Context, id, what string, run func(chain Cha
 	if err := d.writable(rec); err != nil {
 		return err
 	}
-	if err := d.unheld(ctx, rec); err != nil {
+	if _, err := d.unheld(rec); err != nil {
+		return err
+	}
+	if err := d.unmountStale(ctx, rec); err != nil {
 		return err
 	}
 	touched := false
@@ -113,7 +116,10 @@ func Rollback(ctx context.Context, d *Driver, id string, reset func(Chain) error
 	if has {
 		return fmt.Errorf("it has children: %w", layerfs.ErrReadOnly)
 	}
-	if err := d.unheld(ctx, rec); err != nil {
+	if _, err := d.unheld(rec); err != nil {
+		return err
+	}
+	if err := d.unmountStale(ctx, rec); err != nil {
 		return err
 	}
 	mark := rec.Clone()

@@ -77,7 +77,7 @@ func (s *scanner) removals(map[string]*Record) error {
 			if err := s.d.unmountStale(s.ctx, rec); err != nil {
 				return false, err
 			}
-			return true, s.d.finishRemove(s.ctx, rec)
+			return true, s.d.finishRemove(s.ctx, rec, everything())
 		})
 		if err != nil {
 			return err
@@ -99,7 +99,7 @@ func (s *scanner) orphans(map[string]*Record) error {
 		if _, err := s.d.dir.Load(id); !errors.Is(err, layerfs.ErrNotExist) {
 			continue
 		}
-		err := s.each(layerfs.Problem{ID: id, Path: s.d.relative(s.d.m.Path(id)), Reason: "storage of a layer that does not exist: its creation did not finish", Repair: "delete it"}, func() (bool, error) {
+		err := s.each(layerfs.Problem{ID: id, Path: s.d.relative(s.d.m.Path(id)), Reason: "storage of a layer that does not exist: its creation or its removal did not finish", Repair: "delete it"}, func() (bool, error) {
 			if _, err := s.d.dir.Load(id); !errors.Is(err, layerfs.ErrNotExist) {
 				return false, nil // its creation has finished since
 			}
@@ -113,7 +113,7 @@ func (s *scanner) orphans(map[string]*Record) error {
 			if err := s.d.unmountStale(s.ctx, rec); err != nil {
 				return false, err
 			}
-			return true, s.d.m.Delete(s.ctx, rec)
+			return true, s.d.finishRemove(s.ctx, rec, everything())
 		})
 		if err != nil {
 			return err
@@ -196,7 +196,7 @@ func (s *scanner) mounts(map[string]*Record) error {
 		}
 		err = s.each(layerfs.Problem{ID: id, Path: s.d.relative(s.d.m.Path(id)), Reason: "mounted, but nobody holds it: its process died", Repair: "unmount it"}, func() (bool, error) {
 			defer s.d.drop(id)
-			held, _, err := s.d.holder(id, s.d.holdOf(id))
+			held, _, _, err := s.d.holder(id, s.d.holdOf(id))
 			if err != nil || held {
 				return false, err
 			}

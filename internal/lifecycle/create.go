@@ -83,7 +83,12 @@ func create(ctx context.Context, d *Driver, id, parent string, opts *layerfs.Cre
 			return err
 		}
 	}
-	return d.dir.Save(rec)
+	if err := d.dir.Save(rec); err != nil {
+		// It may have got its name and failed to be synced.
+		u.Push(func() error { return d.dir.Drop(&Record{ID: id}, false) })
+		return err
+	}
+	return nil
 }
 
 // lockPair locks a layer and its parent, if it has one; each is unlocked on
@@ -130,7 +135,7 @@ func (d *Driver) vacant(ctx context.Context, id string) error {
 	if err != nil {
 		return nil
 	}
-	return d.finishRemove(ctx, rec)
+	return d.finishRemove(ctx, rec, everything())
 }
 
 // freeze notes a child of a parent whose lock is held.
@@ -176,35 +181,36 @@ func (d *Driver) heldWritable(id string) (bool, error) {
 }
 
 // holder names who holds a layer, for the text of an error.
-func (d *Driver) holder(id string, h *hold) (held bool, who string, err error) {
+func (d *Driver) holder(id string, h *hold) (held bool, who string, p layerdir.Persistent, err error) {
 	if h.gets > 0 || h.pins > 0 {
-		return true, "this driver", nil
+		return true, "this driver", p, nil
 	}
-	p, err := d.dir.Persistent(id)
+	p, err = d.dir.Persistent(id)
 	if err != nil {
-		return false, "", err
+		return false, "", p, err
 	}
 	if p.Count > 0 {
-		return true, "a persistent get", nil
+		return true, "a persistent get", p, nil
 	}
 	o, err := d.dir.Others(id)
-	return o.Any(), "another driver or process", err
+	return o.Any(), "another driver or process", p, err
 }
 
-// unheld makes sure that a layer, whose lock is held, is neither held nor
-// left mounted by a crash.
-func (d *Driver) unheld(ctx context.Context, rec *Record) error {
-	defer d.drop(rec.ID)
-	held, who, err := d.holder(rec.ID, d.holdOf(rec.ID))
+// unheld makes sure that a layer, whose lock is held, is not held by a Get or a
+// reader. It returns what is noted of its persistent gets.
+func (d *Driver) unheld(rec *Record) (layerdir.Persistent, error) {
+	held, who, p, err := d.holder(rec.ID, d.holdOf(rec.ID))
+	d.drop(rec.ID)
 	if err != nil {
-		return err
+		return p, err
 	}
 	if held {
-		return fmt.Errorf("held by %s: %w", who, layerfs.ErrInUse)
+		return p, fmt.Errorf("held by %s: %w", who, layerfs.ErrInUse)
 	}
-	return d.unmountStale(ctx, rec)
+	return p, nil
 }
 
+// unmountStale unmounts a layer that nobody holds: its process died.
 func (d *Driver) unmountStale(ctx context.Context, rec *Record) error {
 	st, err := d.m.State(rec.ID)
 	if err != nil || !st.Mounted {

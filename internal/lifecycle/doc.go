@@ -14,7 +14,9 @@
 // Create: the child marker (freezes the parent), the storage, the record. A
 // crash before the record leaves storage without a record, which New deletes.
 // Remove: the record moves to "removed", the storage goes, the record is
-// forgotten. A crash in between is finished by New.
+// forgotten. A crash in between is finished by New. Where the storage can be
+// deleted without it (see [IDDeleter]) the record just goes, and a crash leaves
+// what one in Create does.
 // Apply: either the mechanism changes the layer in one step, or the record is
 // marked incomplete before the first change and cleared after the last.
 package lifecycle

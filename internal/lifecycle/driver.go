@@ -37,6 +37,7 @@ type Driver struct {
 // hold is how this driver holds a layer.
 type hold struct {
 	gets     int
+	rec      *Record // as of the first of them; changes of it since do not matter to Put
 	readOnly bool
 	planned  bool // the caller mounts it itself: see Plan
 	idMap    *layerfs.IDMap

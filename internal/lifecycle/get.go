@@ -102,7 +102,7 @@ func (d *Driver) get(ctx context.Context, id string, opts *layerfs.GetOptions, p
 				return err
 			}
 		}
-		h.readOnly, h.idMap, h.planned = mode.ReadOnly, mode.IDMap, plan != nil
+		h.rec, h.readOnly, h.idMap, h.planned = chain.Layer(), mode.ReadOnly, mode.IDMap, plan != nil
 	}
 	d.setGets(h, h.gets+1)
 	return nil
@@ -200,12 +200,14 @@ func (d *Driver) Put(ctx context.Context, id string) (err error) {
 		return err
 	}
 	defer unlock()
-	rec, err := d.dir.Load(id)
-	if err != nil {
-		return err
-	}
 	h := d.holdOf(id)
 	defer d.drop(id)
+	rec := h.rec // what is held cannot have been removed
+	if h.gets == 0 {
+		if rec, err = d.dir.Load(id); err != nil {
+			return err
+		}
+	}
 	p, err := d.dir.Persistent(id)
 	if err != nil {
 		return err

@@ -142,3 +142,11 @@ type LiveBaser interface {
 type Finder interface {
 	Find(ctx context.Context, rec *Record) error
 }
+
+// IDDeleter is a mechanism that finds and deletes the storage of some layers
+// by the id alone (see Delete), all of it, and unmounts them if they are mounted.
+// Their records are not kept until the storage is gone: after a crash they are
+// storage without a record.
+type IDDeleter interface {
+	DeletesByID(rec *Record) bool
+}

@@ -31,18 +31,32 @@ func (d *Driver) Remove(ctx context.Context, id string) (err error) {
 			return err
 		}
 	}
-	if err := d.childless(id); err != nil {
+	ever, err := d.childless(id)
+	if err != nil {
 		return err
 	}
-	if err := d.unheld(ctx, rec); err != nil {
+	p, err := d.unheld(rec)
+	if err != nil {
 		return err
 	}
-	if err := d.dir.Drop(rec); err != nil {
+	by, ok := d.m.(IDDeleter)
+	remember := !ok || !by.DeletesByID(rec)
+	if remember {
+		if err := d.unmountStale(ctx, rec); err != nil {
+			return err
+		}
+	}
+	if err := d.dir.Drop(rec, remember); err != nil {
 		return err
 	}
 	// From here the layer is gone; a context that ends now must not leave
 	// its storage for the next start.
-	return d.finishRemove(context.WithoutCancel(ctx), rec)
+	err = d.finishRemove(context.WithoutCancel(ctx), rec, leftovers{record: remember, gets: p.Stored(), children: ever})
+	if err != nil && !remember {
+		// So that Remove can be tried again before the next start.
+		return errors.Join(err, d.dir.Remember(rec))
+	}
+	return err
 }
 
 // removeAgain retries a removal whose storage could not be deleted.
@@ -51,34 +65,53 @@ func (d *Driver) removeAgain(ctx context.Context, id string) error {
 	if err != nil {
 		return layerfs.ErrNotExist
 	}
-	return d.finishRemove(ctx, rec)
+	return d.finishRemove(ctx, rec, everything())
 }
 
-func (d *Driver) finishRemove(ctx context.Context, rec *Record) error {
+// leftovers are what there is of a removed layer besides its storage. Looking
+// for what is known not to be there takes a good part of the time of a Remove.
+type leftovers struct {
+	record   bool // among the removed ones
+	gets     bool // persistent ones, if only of an earlier boot
+	children bool // the directory for their markers
+}
+
+// everything is for what a crash left, of which nothing is known.
+func everything() leftovers { return leftovers{true, true, true} }
+
+func (d *Driver) finishRemove(ctx context.Context, rec *Record, left leftovers) error {
 	if err := d.m.Delete(ctx, rec); err != nil {
 		return fmt.Errorf("the layer is removed, but not its storage: %w", err)
 	}
-	if err := d.dir.SetPersistent(rec.ID, layerdir.Persistent{}); err != nil {
-		return err
+	if left.gets {
+		if err := d.dir.SetPersistent(rec.ID, layerdir.Persistent{}); err != nil {
+			return err
+		}
 	}
-	d.dir.DropChildren(rec.ID)
-	return d.dir.Forget(rec.ID)
+	if left.children {
+		d.dir.DropChildren(rec.ID)
+	}
+	if left.record {
+		return d.dir.Forget(rec.ID)
+	}
+	return nil
 }
 
-// childless makes sure that a layer whose lock is held has no children.
-func (d *Driver) childless(id string) error {
-	has, err := d.dir.HasChildren(id)
+// childless makes sure that a layer whose lock is held has no children, and
+// reports whether it ever had.
+func (d *Driver) childless(id string) (ever bool, err error) {
+	has, ever, err := d.dir.HadChildren(id)
 	if err != nil || !has {
-		return err
+		return ever, err
 	}
 	children, err := d.dir.Children(id)
 	if err != nil {
-		return err
+		return ever, err
 	}
 	const named = 3 // enough to act on, short enough to read
 	text := strings.Join(children[:min(len(children), named)], ", ")
 	if len(children) > named {
 		text += fmt.Sprintf(" and %d more", len(children)-named)
 	}
-	return fmt.Errorf("parent of %s: %w", text, layerfs.ErrInUse)
+	return ever, fmt.Errorf("parent of %s: %w", text, layerfs.ErrInUse)
 }

@@ -1,0 +1,36 @@
+package layerdir
+
+import (
+	"fmt"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/require"
+)
+
+// TestListing changes a directory by another process's eyes and asks at once:
+// what is there must never be said to be missing, however fast it came.
+func TestListing(t *testing.T) {
+	home := t.TempDir()
+	d, other := mustOpen(t, home), mustOpen(t, home)
+	var l listing
+	for i := range 300 {
+		name := fmt.Sprint("n", i%3)
+		require.NoError(t, other.persist.create(name))
+		require.False(t, l.lacks(&d.persist, name), "round %d: it is there", i)
+		require.NoError(t, other.persist.unlink(name))
+		if i%10 == 0 {
+			time.Sleep(2 * tick) // old enough to be remembered
+			_, known := d.persist.state()
+			require.Equal(t, known, l.lacks(&d.persist, name), "round %d: it is gone", i)
+		}
+	}
+	for i := range fewNames + 1 {
+		require.NoError(t, other.persist.create(fmt.Sprint("many", i)))
+	}
+	time.Sleep(2 * tick)
+	require.False(t, l.lacks(&d.persist, "none"), "too many names to remember")
+	for i := range fewNames + 1 {
+		require.False(t, l.lacks(&d.persist, fmt.Sprint("many", i)))
+	}
+}
