@@ -16,7 +16,6 @@ import (
 	"github.com/layerfs/layerfs/internal/btrfs"
 	"github.com/layerfs/layerfs/internal/lifecycle"
 	"github.com/layerfs/layerfs/internal/mount"
-	"github.com/layerfs/layerfs/internal/sys"
 	"github.com/layerfs/layerfs/internal/tree"
 	"github.com/layerfs/layerfs/internal/undo"
 )
@@ -70,7 +69,7 @@ func (m *mechanism) build(ctx context.Context, rec *lifecycle.Record, fill func(
 	defer u.Run(&err)
 	u.Push(func() error { return m.destroy(context.WithoutCancel(ctx), path) })
 	if rec.MountLabel != "" {
-		if err := relabel(ctx, path, rec.MountLabel); err != nil {
+		if err := tree.Relabel(ctx, path, rec.MountLabel); err != nil {
 			return err
 		}
 	}
@@ -86,26 +85,6 @@ func (m *mechanism) build(ctx context.Context, rec *lifecycle.Record, fill func(
 		return btrfs.Commit(path)
 	}
 	return nil
-}
-
-// relabel gives everything in a tree an SELinux label.
-func relabel(ctx context.Context, dir, label string) error {
-	const xattr = "security.selinux"
-	return tree.Walk(ctx, dir, func(e *tree.Entry) error {
-		var err error
-		if e.IsDir() {
-			err = unix.Fsetxattr(e.Self, xattr, []byte(label), 0)
-		} else {
-			err = sys.SetxattrAt(e.Dir, e.Name, xattr, []byte(label), 0)
-		}
-		switch {
-		case errors.Is(err, unix.EOPNOTSUPP):
-			return &layerfs.UnsupportedError{Feature: "an SELinux label", Reason: err.Error()}
-		case err != nil:
-			return &os.PathError{Op: "setxattr " + xattr, Path: filepath.Join(dir, e.Path), Err: err}
-		}
-		return nil
-	})
 }
 
 // Delete removes the subvolumes of a layer.
@@ -400,7 +379,7 @@ func (d *Driver) Rollback(ctx context.Context, id string) error {
 			return err
 		}
 		if rec.MountLabel != "" {
-			if err := relabel(ctx, build, rec.MountLabel); err != nil {
+			if err := tree.Relabel(ctx, build, rec.MountLabel); err != nil {
 				return err
 			}
 		}

@@ -163,36 +163,8 @@ func usage(ctx context.Context, dir string) (u layerfs.Usage, err error) {
 }
 
 // syncTree syncs the whole file system: one call, where each file would be one.
-func syncTree(_ context.Context, dir string) error {
-	f, err := os.Open(dir)
-	if err != nil {
-		return err
-	}
-	defer f.Close()
-	if err := unix.Syncfs(int(f.Fd())); err != nil {
-		return &os.PathError{Op: "syncfs", Path: dir, Err: err}
-	}
-	return nil
-}
+func syncTree(_ context.Context, dir string) error { return sys.Syncfs(dir) }
 
-// relabel gives everything in a tree an SELinux label.
-func relabel(ctx context.Context, dir, label string) error {
-	const name = "security.selinux"
-	return tree.Walk(ctx, dir, func(e *tree.Entry) error {
-		var err error
-		if e.IsDir() {
-			err = unix.Fsetxattr(e.Self, name, []byte(label), 0)
-		} else {
-			err = sys.SetxattrAt(e.Dir, e.Name, name, []byte(label), 0)
-		}
-		switch {
-		case errors.Is(err, unix.EOPNOTSUPP):
-			return &layerfs.UnsupportedError{Feature: "an SELinux label", Reason: err.Error()}
-		case err != nil:
-			return &os.PathError{Op: "setxattr " + name, Path: filepath.Join(dir, e.Path), Err: err}
-		}
-		return nil
-	})
-}
+func relabel(ctx context.Context, dir, label string) error { return tree.Relabel(ctx, dir, label) }
 
 func isFull(err error) bool { return errors.Is(err, unix.EDQUOT) || errors.Is(err, unix.ENOSPC) }
