@@ -77,9 +77,22 @@ func New(root string, opts *Options) (*Driver, error) {
 	if m.log == nil {
 		m.log = slog.New(slog.DiscardHandler)
 	}
+	if m.opts.UDBA == "" {
+		m.opts.UDBA = union.None
+		if m.opts.LiveBase {
+			m.opts.UDBA = union.Notify
+		}
+	}
+	if err := os.MkdirAll(m.home, 0o711); err != nil {
+		return fail(err)
+	}
+	// Before anything is made in the home.
+	if err := m.choose(); err != nil {
+		return fail(err)
+	}
 	common := lifecycle.Options{Durability: opts.Durability, Logger: opts.Logger}
 	if m.dir, err = lifecycle.Open(m.home, common); err != nil {
-		return fail(err)
+		return fail(errors.Join(err, m.Close()))
 	}
 	if err := m.prepare(); err != nil {
 		m.dir.Close()
@@ -92,23 +105,14 @@ func New(root string, opts *Options) (*Driver, error) {
 	return &Driver{f, m}, nil
 }
 
-// prepare finds out what works here.
+// prepare makes the directories of the home and learns about its file system.
 func (m *mechanism) prepare() error {
 	for _, d := range []string{"diff", "layers", "mnt"} {
 		if err := os.Mkdir(filepath.Join(m.home, d), 0o711); err != nil && !errors.Is(err, os.ErrExist) {
 			return err
 		}
 	}
-	if m.opts.UDBA == "" {
-		m.opts.UDBA = union.None
-		if m.opts.LiveBase {
-			m.opts.UDBA = union.Notify
-		}
-	}
 	if err := m.clearScratch(context.Background()); err != nil {
-		return err
-	}
-	if err := m.choose(); err != nil {
 		return err
 	}
 	fsname, err := feature.FSName(m.home)

@@ -284,7 +284,7 @@ func (m *mechanism) probeFUSE() error {
 
 // try tries something with two branches and a mount point.
 func (m *mechanism) try(run func(branches []union.Branch, target string) error) (err error) {
-	s, err := m.newScratch(context.Background())
+	s, err := makeScratch(m.home, probePrefix)
 	if err != nil {
 		return err
 	}

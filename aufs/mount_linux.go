@@ -408,17 +408,25 @@ const scratchLock = ".scratch"
 
 const (
 	scratchPrefix = ".view-"
+	probePrefix   = ".probe-"
 	mountPoint    = "mnt"
+	// A probe is made without a lock, before it is known whether the home can
+	// be one at all, so a new one is nothing that was left.
+	newProbe = time.Minute
 )
 
-func (m *mechanism) newScratch(ctx context.Context) (_ *scratch, err error) {
+func (m *mechanism) newScratch(ctx context.Context) (*scratch, error) {
 	unlock, err := m.dir.Lock(ctx, scratchLock)
 	if err != nil {
 		return nil, err
 	}
 	defer unlock()
+	return makeScratch(m.home, scratchPrefix)
+}
+
+func makeScratch(home, prefix string) (_ *scratch, err error) {
 	s := new(scratch)
-	if s.dir, err = os.MkdirTemp(m.home, scratchPrefix); err != nil {
+	if s.dir, err = os.MkdirTemp(home, prefix); err != nil {
 		return nil, err
 	}
 	if s.lock, err = os.Open(s.dir); err != nil {
@@ -455,7 +463,11 @@ func (m *mechanism) clearScratch(ctx context.Context) error {
 		return err
 	}
 	for _, e := range entries {
-		if !strings.HasPrefix(e.Name(), scratchPrefix) {
+		if strings.HasPrefix(e.Name(), probePrefix) {
+			if fi, err := e.Info(); err != nil || time.Since(fi.ModTime()) < newProbe {
+				continue
+			}
+		} else if !strings.HasPrefix(e.Name(), scratchPrefix) {
 			continue
 		}
 		s := &scratch{dir: filepath.Join(m.home, e.Name())}

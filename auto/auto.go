@@ -11,6 +11,7 @@ import (
 	"strings"
 
 	"github.com/layerfs/layerfs"
+	"github.com/layerfs/layerfs/aufs"
 	"github.com/layerfs/layerfs/btrfs"
 	"github.com/layerfs/layerfs/devmapper"
 	"github.com/layerfs/layerfs/overlay"
@@ -47,6 +48,10 @@ type Options struct {
 
 	// ZFS are the options of package zfs, if it is chosen.
 	ZFS *zfs.Options
+
+	// AUFS are the options of package aufs, if it is chosen. It needs a
+	// helper; see there.
+	AUFS *aufs.Options
 
 	// Devmapper are the options of package devmapper, if it is chosen.
 	Devmapper *devmapper.Options

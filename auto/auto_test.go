@@ -9,18 +9,23 @@ import (
 	"path/filepath"
 	"slices"
 	"testing"
+	"time"
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
 	"github.com/layerfs/layerfs"
+	"github.com/layerfs/layerfs/aufs"
 	"github.com/layerfs/layerfs/auto"
 	"github.com/layerfs/layerfs/internal/testenv"
 	"github.com/layerfs/layerfs/overlay"
 	"github.com/layerfs/layerfs/vfs"
 )
 
-func TestMain(m *testing.M) { os.Exit(testenv.Main(m)) }
+func TestMain(m *testing.M) {
+	aufs.Main() // this program is the helper of the tests
+	os.Exit(testenv.Main(m))
+}
 
 func open(t *testing.T, root string, opts *auto.Options) layerfs.Driver {
 	t.Helper()
@@ -84,6 +89,38 @@ func TestOpen_options(t *testing.T) {
 	if !errors.Is(err, errors.ErrUnsupported) { // not Linux
 		assert.ErrorContains(t, err, "perhaps")
 	}
+}
+
+// A live base is what aufs is for, if it has a helper.
+func TestOpen_liveBase(t *testing.T) {
+	testenv.RequireRoot(t)
+	helper := &aufs.Options{Helper: []string{"/proc/self/exe"}}
+	probe, err := aufs.New(t.TempDir(), helper)
+	testenv.SkipUnsupported(t, err, "aufs")
+	require.NoError(t, err)
+	require.NoError(t, probe.Close())
+	d := open(t, t.TempDir(), &auto.Options{LiveBase: true, AUFS: helper})
+	require.Equal(t, "aufs", d.Name())
+	assert.True(t, d.Features().LiveBase)
+	assert.False(t, helper.LiveBase, "the caller's options are not changed")
+
+	ctx := t.Context()
+	require.NoError(t, d.Create(ctx, "base", "", nil))
+	require.NoError(t, d.Create(ctx, "c", "base", nil))
+	path, err := d.Get(ctx, "c", nil)
+	require.NoError(t, err)
+	base, err := d.Get(ctx, "base", nil)
+	require.NoError(t, err)
+	require.NoError(t, os.WriteFile(base+"/new", nil, 0o644))
+	assert.Eventually(t, func() bool { _, err := os.Stat(path + "/new"); return err == nil }, 5*time.Second, time.Millisecond)
+	require.NoError(t, d.Put(ctx, "base"))
+	require.NoError(t, d.Put(ctx, "c"))
+
+	t.Setenv("PATH", t.TempDir())
+	root := t.TempDir()
+	d = open(t, root, &auto.Options{LiveBase: true})
+	assert.NotEqual(t, "aufs", d.Name(), "without a helper")
+	assert.NoDirExists(t, root+"/aufs")
 }
 
 func TestOpen_unprivileged(t *testing.T) {

@@ -5,6 +5,7 @@ import (
 	"path/filepath"
 
 	"github.com/layerfs/layerfs"
+	"github.com/layerfs/layerfs/aufs"
 	"github.com/layerfs/layerfs/btrfs"
 	"github.com/layerfs/layerfs/devmapper"
 	"github.com/layerfs/layerfs/overlay"
@@ -65,6 +66,16 @@ func backends() []backend {
 				common(o, &opts.Durability, &opts.Logger)
 				return opened(zfs.New(root, opts))
 			},
+		},
+		{
+			name: "aufs",
+			open: func(root string, o *Options) (layerfs.Driver, error) {
+				opts := copied(o.AUFS)
+				common(o, &opts.Durability, &opts.Logger)
+				opts.LiveBase = opts.LiveBase || o.LiveBase
+				return opened(aufs.New(root, opts))
+			},
+			liveBase: true,
 		},
 		{
 			name: "devmapper",
