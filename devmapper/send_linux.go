@@ -30,12 +30,14 @@ type snap struct {
 	path   string
 	name   string // of its active device
 	dev    device
+	active *dm.Info // nil until it is opened
 	state  string
 	unlock func()
 }
 
-// snap takes a snapshot of a layer, whose lock the caller has.
-func (m *mechanism) snap(ctx context.Context, id, state string) (_ *snap, err error) {
+// snap takes a snapshot of a layer, whose lock the caller has. active is the
+// name of its device, or empty if nothing can be written to it.
+func (m *mechanism) snap(ctx context.Context, id, active, state string) (_ *snap, err error) {
 	o, err := m.load(id)
 	if err != nil {
 		return nil, err
@@ -48,7 +50,7 @@ func (m *mechanism) snap(ctx context.Context, id, state string) (_ *snap, err er
 	if s.unlock, err = m.dir.Lock(ctx, key); err != nil {
 		return nil, err
 	}
-	s.dev, err = m.snapshot(ctx, s.path, o.ID, m.deviceName(id, false), o.Size, o.FSSize)
+	s.dev, err = m.snapshot(ctx, s.path, o.ID, active, o.Size, o.FSSize)
 	if err != nil {
 		s.unlock()
 		return nil, err
@@ -61,13 +63,17 @@ func (s *snap) close(ctx context.Context) error {
 	return errors.Join(s.m.removeDevice(ctx, s.name), s.m.discard(ctx, s.path))
 }
 
-// open activates the snapshot and opens its device.
+// open activates the snapshot and opens its device. It stays active until
+// close.
 func (s *snap) open() (*directReader, error) {
-	info, err := s.m.activateThin(s.name, s.m.thinUUID(s.dev.ID), s.dev.ID, s.dev.Size, true)
-	if err != nil {
-		return nil, err
+	if s.active == nil {
+		info, err := s.m.activateThin(s.name, s.m.thinUUID(s.dev.ID), s.dev.ID, s.dev.Size, true)
+		if err != nil {
+			return nil, err
+		}
+		s.active = &info
 	}
-	return openDirect(info.Device)
+	return openDirect(s.active.Device)
 }
 
 // Send writes what a layer has other than its ancestor base, or all of it for
@@ -100,6 +106,8 @@ type Replica struct {
 	from string // state that the next round is relative to
 	dev  uint32 // its device; 0 for none
 	last *snap  // of the round before; nil before the first
+
+	frozen *freeze // nil while the layer can be written
 }
 
 // Replicate starts to copy a layer. The first round is relative to base, an
@@ -178,11 +186,13 @@ func (r *Replica) send(ctx context.Context, w io.Writer, opts *SendOptions) (n i
 // state, so that what is sent on top of it later finds it.
 func (r *Replica) take(ctx context.Context) (*snap, error) {
 	m := r.d.m
-	unlock, err := m.dir.Lock(ctx, r.id)
-	if err != nil {
-		return nil, err
+	if r.frozen == nil || r.frozen.suspended {
+		unlock, err := m.dir.Lock(ctx, r.id)
+		if err != nil {
+			return nil, err
+		}
+		defer unlock()
 	}
-	defer unlock()
 	rec, err := m.dir.Load(r.id)
 	if err != nil {
 		return nil, err
@@ -197,7 +207,11 @@ func (r *Replica) take(ctx context.Context) (*snap, error) {
 		}
 		state = dev.State
 	}
-	return m.snap(ctx, r.id, state)
+	active := m.deviceName(r.id, false)
+	if r.frozen != nil {
+		active = "" // it is suspended already, or not active at all
+	}
+	return m.snap(ctx, r.id, active, state)
 }
 
 func (r *Replica) round(ctx context.Context, s *snap, w io.Writer, opts *SendOptions) (sent int64, err error) {
@@ -246,24 +260,94 @@ func (r *Replica) round(ctx context.Context, s *snap, w io.Writer, opts *SendOpt
 	return sent, out.end()
 }
 
-// Close deletes the snapshot that the replica keeps.
+// Close lets the layer be written again and deletes the snapshot that the
+// replica keeps.
 func (r *Replica) Close() error { return r.d.fail("replicate", r.id, r.close()) }
 
 func (r *Replica) close() error {
+	err := r.thaw()
 	if r.last == nil {
-		return nil
+		return err
 	}
 	s := r.last
 	r.last = nil
-	return s.close(context.Background())
+	return errors.Join(err, s.close(context.Background()))
+}
+
+// freeze is what keeps a layer from being written.
+type freeze struct {
+	suspended bool // else the layer is not active, and its lock is held
+	unlock    func()
+}
+
+// Freeze keeps the layer as it is until [Replica.Thaw] or Close: whoever writes
+// to it waits, and so do Get and Put if it is not mounted for writing. What is
+// sent in between is the end of what was written. BlockDiff, Changes and Diff of
+// the layer wait too.
+//
+// If the process dies, New on the root lets the layer go on; the kernel keeps
+// waiting writers until then. Freezing a frozen layer does nothing.
+func (r *Replica) Freeze(ctx context.Context) error { return r.d.fail("freeze", r.id, r.freeze(ctx)) }
+
+func (r *Replica) freeze(ctx context.Context) (err error) {
+	if r.frozen != nil {
+		return nil
+	}
+	m := r.d.m
+	unlock, err := m.dir.Lock(ctx, r.id)
+	if err != nil {
+		return err
+	}
+	device := m.deviceName(r.id, false)
+	unlockOrigin, err := m.dir.Lock(ctx, ".origin-"+device)
+	if err != nil {
+		unlock()
+		return err
+	}
+	info, err := m.ctl.Info(device)
+	if err == nil && !info.ReadOnly && info.Live && info.Opens > 0 {
+		err = m.ctl.Suspend(device, dm.SuspendOptions{})
+		if err == nil {
+			unlock()
+			r.frozen = &freeze{true, unlockOrigin}
+			m.step("freeze: suspended")
+			return nil
+		}
+	}
+	unlockOrigin()
+	if err := ignore(err, unix.ENXIO); err != nil {
+		unlock()
+		return err
+	}
+	r.frozen = &freeze{false, unlock}
+	return nil
+}
+
+// Thaw ends what [Replica.Freeze] began. Thawing a layer that is not frozen
+// does nothing.
+func (r *Replica) Thaw() error { return r.d.fail("thaw", r.id, r.thaw()) }
+
+func (r *Replica) thaw() error {
+	f := r.frozen
+	if f == nil {
+		return nil
+	}
+	r.frozen = nil
+	defer f.unlock()
+	if !f.suspended {
+		return nil
+	}
+	_, err := r.d.m.ctl.Resume(r.d.m.deviceName(r.id, false), dm.SuspendOptions{})
+	return ignore(err, unix.ENXIO)
 }
 
 // incoming is a stream that Create or Apply of the mechanism fills a device
 // from. It is handed through the shared life cycle in the context, so that a
 // received layer has the same commit points as any other.
 type incoming struct {
-	r        *streamReader
-	progress layerfs.ProgressFunc
+	r          *streamReader
+	progress   layerfs.ProgressFunc
+	unfinished bool
 }
 
 type incomingKey struct{}
@@ -278,9 +362,17 @@ type ReceiveOptions struct {
 	// Create has the labels and the like of the new layer.
 	Create layerfs.CreateOptions
 
+	// Unfinished makes a layer that more rounds of a [Replica] are to come
+	// for: it is incomplete, so that nobody can use it, until
+	// [Driver.FinishReceive]. A crash leaves it so; it can be removed.
+	Unfinished bool
+
 	// Progress is called with the bytes that were written.
 	Progress layerfs.ProgressFunc
 }
+
+// unfinished is why a layer of [ReceiveOptions.Unfinished] is incomplete.
+const unfinished = "more of it was to be received"
 
 // Receive makes a layer on parent from a stream of [Driver.Send]. A stream of a
 // whole layer is received without a parent; one that is relative to a base only
@@ -297,13 +389,14 @@ func (d *Driver) Receive(ctx context.Context, id, parent string, r io.Reader, op
 	if err != nil {
 		return d.fail("receive", id, err)
 	}
-	ctx = context.WithValue(ctx, incomingKey{}, &incoming{s, opts.Progress})
+	ctx = context.WithValue(ctx, incomingKey{}, &incoming{s, opts.Progress, opts.Unfinished})
 	return renamed("receive", d.Create(ctx, id, parent, &opts.Create))
 }
 
 // ReceiveUpdate brings a layer that was received to the state of the next round
 // of a [Replica]. The layer must be neither held nor frozen, and not have been
-// mounted for writing since. All or nothing.
+// mounted for writing since. All or nothing. A layer that was received with
+// [ReceiveOptions.Unfinished] stays unfinished.
 func (d *Driver) ReceiveUpdate(ctx context.Context, id string, r io.Reader, opts *ReceiveOptions) error {
 	if opts == nil {
 		opts = new(ReceiveOptions)
@@ -312,9 +405,28 @@ func (d *Driver) ReceiveUpdate(ctx context.Context, id string, r io.Reader, opts
 	if err != nil {
 		return d.fail("receive", id, err)
 	}
-	ctx = context.WithValue(ctx, incomingKey{}, &incoming{s, opts.Progress})
-	_, err = d.Apply(ctx, id, nil, nil)
+	in := &incoming{r: s, progress: opts.Progress}
+	if rec, err := d.m.dir.Load(id); err == nil && rec.Incomplete == unfinished {
+		return lifecycle.Update(ctx, d.frame, "receive", id, func(chain lifecycle.Chain, rec *lifecycle.Record) error {
+			if rec.Incomplete != unfinished {
+				return fmt.Errorf("it was finished meanwhile: %w", layerfs.ErrInUse)
+			}
+			return d.m.update(ctx, chain, in)
+		})
+	}
+	_, err = d.Apply(context.WithValue(ctx, incomingKey{}, in), id, nil, nil)
 	return renamed("receive", err)
+}
+
+// FinishReceive makes a layer usable that was received with
+// [ReceiveOptions.Unfinished]. Other layers are left as they are.
+func (d *Driver) FinishReceive(ctx context.Context, id string) error {
+	return lifecycle.Update(ctx, d.frame, "receive", id, func(_ lifecycle.Chain, rec *lifecycle.Record) error {
+		if rec.Incomplete == unfinished {
+			rec.Incomplete, rec.Sealed = "", rec.ReadOnly
+		}
+		return nil
+	})
 }
 
 // renamed gives an error of another verb the name of this one.
@@ -337,6 +449,13 @@ func (m *mechanism) receive(ctx context.Context, rec *lifecycle.Record, parent l
 	if err := m.guard(); err != nil {
 		return err
 	}
+	if rec.Sealed = rec.ReadOnly; in.unfinished {
+		rec.Incomplete, rec.Sealed = unfinished, false
+	}
+	size, err := m.receivedSize(h, rec.Quota)
+	if err != nil {
+		return err
+	}
 	path := m.devicePath(rec.ID)
 	if err := m.discard(ctx, path); err != nil {
 		return err
@@ -346,7 +465,7 @@ func (m *mechanism) receive(ctx context.Context, rec *lifecycle.Record, parent l
 	case len(parent) == 0 && h.From != "":
 		return fmt.Errorf("the stream is relative to the state %s: it needs a parent", h.From)
 	case len(parent) == 0:
-		dev, err = m.blank(ctx, path, h)
+		dev, err = m.blank(ctx, path, size, h.FSSize)
 	default:
 		var o origin
 		if o, err = m.originOf(parent); err != nil {
@@ -355,7 +474,7 @@ func (m *mechanism) receive(ctx context.Context, rec *lifecycle.Record, parent l
 		if h.From == "" || o.State != h.From {
 			return fmt.Errorf("the stream is relative to the state %q, but the parent has %q", h.From, o.State)
 		}
-		dev, err = m.snapshot(ctx, path, o.ID, o.name, h.Size, h.FSSize)
+		dev, err = m.snapshot(ctx, path, o.ID, o.name, size, h.FSSize)
 	}
 	if err != nil {
 		return err
@@ -363,7 +482,7 @@ func (m *mechanism) receive(ctx context.Context, rec *lifecycle.Record, parent l
 	var u undo.Stack
 	defer u.Run(&err)
 	u.Push(func() error { return m.discard(context.WithoutCancel(ctx), path) })
-	if err := m.write(ctx, rec.ID, dev, in); err != nil {
+	if err := m.noSpace(m.write(ctx, rec.ID, dev, in)); err != nil {
 		return err
 	}
 	dev.State = h.To
@@ -385,7 +504,7 @@ func (m *mechanism) update(ctx context.Context, chain lifecycle.Chain, in *incom
 	}
 	return m.swap(ctx, rec, chain, max(h.Size, old.Size), h.FSSize, func(d device) (device, error) {
 		d.State = h.To
-		return d, m.write(ctx, rec.ID, d, in)
+		return d, m.noSpace(m.write(ctx, rec.ID, d, in))
 	})
 }
 
@@ -397,14 +516,27 @@ func (m *mechanism) fits(h streamHeader) error {
 	return nil
 }
 
+// receivedSize returns the size of the device for a stream: that of the
+// sender's, or more if the quota asks for it.
+func (m *mechanism) receivedSize(h streamHeader, q layerfs.Quota) (int64, error) {
+	o := origin{device: device{Size: h.Size}}
+	if q.Bytes == 0 {
+		return m.sizeFor(o, q, true)
+	}
+	// What the sender rounded up to is no larger than its quota.
+	const unit = 4096
+	q.Bytes = (q.Bytes + unit - 1) / unit * unit
+	return m.sizeFor(o, q, true)
+}
+
 // blank makes an empty device.
-func (m *mechanism) blank(ctx context.Context, path string, h streamHeader) (device, error) {
+func (m *mechanism) blank(ctx context.Context, path string, size, fsSize int64) (device, error) {
 	for {
 		n, transaction, err := m.number(ctx)
 		if err != nil {
 			return device{}, err
 		}
-		d := device{ID: n, Size: h.Size, FSSize: h.FSSize, Transaction: transaction, Since: coarse()}
+		d := device{ID: n, Size: size, FSSize: fsSize, Transaction: transaction, Since: coarse()}
 		if err := m.save(path, d); err != nil {
 			return device{}, err
 		}
