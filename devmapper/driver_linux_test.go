@@ -8,12 +8,9 @@ import (
 	"errors"
 	"fmt"
 	"hash/crc32"
-	"io"
 	"math/rand/v2"
 	"os"
-	"os/exec"
 	"path/filepath"
-	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -915,121 +912,4 @@ func TestLongID(t *testing.T) {
 	for _, id := range []string{long + "1", long + "2", "pool"} {
 		with(t, d, id, func(path string) { require.FileExists(t, path+"/"+id[len(id)-4:]) })
 	}
-}
-
-// TestKilled ends a process at every step of what it does and opens the root
-// again: no layer is lost, nothing is left.
-func TestKilled(t *testing.T) {
-	testenv.RequireRoot(t)
-	root := newRoot(t)
-	d, err := New(root, small())
-	testenv.SkipUnsupported(t, err, "devmapper")
-	require.NoError(t, err)
-	create(t, d, "kept", "")
-	with(t, d, "kept", func(path string) { write(t, path+"/f", 1000, 1) })
-	require.NoError(t, d.Close())
-	// As many rounds as there are steps, unless there is to be more.
-	rounds, _ := strconv.Atoi(os.Getenv("LAYERFS_KILL_ROUNDS"))
-	steps := make(map[string]int)
-	for n, round := 0, 0; ; round++ {
-		cmd := exec.Command(os.Args[0], "-test.run=^TestKilledChild$")
-		cmd.Env = append(os.Environ(), fmt.Sprintf("LAYERFS_KILL=%d:%s", n, root))
-		out, err := cmd.CombinedOutput()
-		var exit *exec.ExitError
-		if err == nil { // it came to its end
-			if n = 0; round >= rounds {
-				break
-			}
-			continue
-		}
-		require.ErrorAs(t, err, &exit, "%s", out)
-		require.Equal(t, unix.SIGKILL, exit.Sys().(interface{ Signal() unix.Signal }).Signal(), "%s", out)
-		i := strings.LastIndex(string(out), "step: ")
-		require.GreaterOrEqual(t, i, 0, "%s", out)
-		steps[strings.TrimSpace(string(out[i+6:]))]++
-		n++
-		survives(t, root, string(out))
-	}
-	names := make([]string, 0, len(steps))
-	for s, k := range steps {
-		names = append(names, fmt.Sprintf("%s ×%d", s, k))
-	}
-	slices.Sort(names)
-	t.Logf("killed at %d different steps: %s", len(steps), strings.Join(names, ", "))
-}
-
-// survives opens a root after a crash and looks at everything.
-func survives(t *testing.T, root, what string) {
-	t.Helper()
-	d, err := New(root, small())
-	require.NoError(t, err, what)
-	ctx := context.Background()
-	found, err := d.Check(ctx)
-	require.NoError(t, err, what)
-	if len(found) == 1 && found[0].Reason == "rollback did not finish" {
-		require.NoError(t, d.Rollback(ctx, found[0].ID), what)
-		found, err = d.Check(ctx)
-		require.NoError(t, err, what)
-	}
-	require.Empty(t, found, what)
-	with(t, d, "kept", func(path string) { require.FileExists(t, path+"/f", what) })
-	infos, err := d.List(ctx)
-	require.NoError(t, err)
-	for _, i := range slices.Backward(infos) {
-		require.Empty(t, i.Incomplete, what)
-		with(t, d, i.ID, func(path string) { require.FileExists(t, path+"/f", what) })
-		if i.ID != "kept" {
-			require.NoError(t, d.Remove(ctx, i.ID), what)
-		}
-	}
-	files, err := os.ReadDir(d.m.devicePath(""))
-	require.NoError(t, err)
-	require.Len(t, files, 1, what)
-	// Each device that is left in the pool has a file.
-	claims, err := d.m.claims()
-	require.NoError(t, err)
-	require.Len(t, claims, 2)
-	require.NoError(t, d.Close(), what)
-	c, err := dm.Open()
-	require.NoError(t, err)
-	list, err := c.List()
-	require.NoError(t, errors.Join(err, c.Close()))
-	for _, e := range list {
-		require.False(t, strings.HasPrefix(e.Name, d.m.prefix), "device %s is left after %s", e.Name, what)
-	}
-}
-
-// TestKilledChild is the process that is killed.
-func TestKilledChild(t *testing.T) {
-	at, root, ok := strings.Cut(os.Getenv("LAYERFS_KILL"), ":")
-	if !ok {
-		t.Skip("for TestKilled")
-	}
-	left, err := strconv.Atoi(at)
-	require.NoError(t, err)
-	d, err := open(root, small(), func(step string) {
-		fmt.Println("step: " + step)
-		if left--; left < 0 {
-			_ = unix.Kill(os.Getpid(), unix.SIGKILL)
-			select {}
-		}
-	})
-	require.NoError(t, err)
-	ctx := context.Background()
-	require.NoError(t, d.Create(ctx, "one", "kept", nil))
-	_, err = d.Get(ctx, "one", nil)
-	require.NoError(t, err)
-	require.NoError(t, d.SetQuota(ctx, "one", layerfs.Quota{Bytes: 96 << 20}))
-	require.NoError(t, d.Put(ctx, "one"))
-	r, err := d.Diff(ctx, "kept", "", nil)
-	require.NoError(t, err)
-	_, err = d.Apply(ctx, "one", r, nil)
-	require.NoError(t, errors.Join(err, r.Close()))
-	for _, err := range d.Changes(ctx, "one", "kept") {
-		require.NoError(t, err)
-	}
-	require.NoError(t, d.Send(ctx, "one", "kept", io.Discard, nil))
-	require.NoError(t, d.Rollback(ctx, "one"))
-	require.NoError(t, d.Remove(ctx, "one"))
-	require.NoError(t, d.Close())
 }
