@@ -1,8 +1,8 @@
 package fusesrv
 
 import (
-	"math"
 	"runtime"
+	"strconv"
 
 	"golang.org/x/sys/unix"
 )
@@ -18,11 +18,11 @@ const pollName = "/.go-fuse-epoll-hack"
 // It is a use of the mount by its own server. A thread that waits for an
 // answer cannot be killed, and keeps the descriptors of its process open; one
 // of them is the connection, whose end it waits for. So the thread that asks
-// has a descriptor table of its own with nothing in it.
+// has a descriptor table of its own without any connection.
 func (s *Server) refusePoll() {
 	done := make(chan error)
 	go onOwnThread(func() {
-		err := emptyTable(unix.CloseRange)
+		err := dropConnections(s.fd)
 		if err == nil {
 			err = askPoll(s.cfg.Target + pollName)
 		}
@@ -51,22 +51,43 @@ func onOwnThread(f func()) {
 	runtime.UnlockOSThread()
 }
 
-// emptyTable gives the calling thread a descriptor table without descriptors:
-// close_range(2) where there is one (Linux 5.9).
-func emptyTable(closeRange func(first, last uint, flags uint) error) error {
-	err := closeRange(0, math.MaxUint32, unix.CLOSE_RANGE_UNSHARE)
-	if err == nil {
-		return nil
-	}
-	var rl unix.Rlimit
-	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &rl); err != nil {
+// dropConnections gives the calling thread a descriptor table of its own and
+// closes in it every descriptor of the device that fd is one of: two threads
+// that wait must not hold each other's connection either. The others stay,
+// since the runtime uses its epoll instance on whatever thread it is.
+func dropConnections(fd int) error {
+	var dev, st unix.Stat_t
+	if err := unix.Fstat(fd, &dev); err != nil {
 		return err
 	}
 	if err := unix.Unshare(unix.CLONE_FILES); err != nil {
 		return err
 	}
-	for fd := range int(min(rl.Max, 1<<20)) {
-		unix.Close(fd)
+	dir, err := unix.Open("/proc/thread-self/fd", unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return err
+	}
+	defer unix.Close(dir)
+	buf := make([]byte, 4096)
+	var drop []int
+	for {
+		n, err := unix.ReadDirent(dir, buf)
+		if err != nil {
+			return err
+		}
+		if n == 0 {
+			break
+		}
+		_, _, names := unix.ParseDirent(buf[:n], -1, nil)
+		for _, name := range names {
+			i, err := strconv.Atoi(name)
+			if err == nil && unix.Fstat(i, &st) == nil && st.Mode&unix.S_IFMT == unix.S_IFCHR && st.Rdev == dev.Rdev {
+				drop = append(drop, i)
+			}
+		}
+	}
+	for _, i := range drop {
+		unix.Close(i)
 	}
 	return nil
 }

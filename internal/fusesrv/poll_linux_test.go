@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"runtime"
 	"testing"
 	"time"
 
@@ -80,27 +81,45 @@ func TestKilledWhileAsking(t *testing.T) {
 	assert.ErrorIs(t, err, unix.ENOTCONN)
 }
 
-// TestEmptyTable checks both ways to get rid of descriptors, and that the rest
-// of the process keeps its own.
-func TestEmptyTable(t *testing.T) {
-	for name, closeRange := range map[string]func(uint, uint, uint) error{
-		"close_range": unix.CloseRange,
-		"unshare":     func(uint, uint, uint) error { return unix.ENOSYS },
-	} {
-		t.Run(name, func(t *testing.T) {
-			f, err := os.Open("/proc/self")
-			require.NoError(t, err)
-			defer f.Close()
-			errs := make(chan error, 2)
-			go onOwnThread(func() {
-				errs <- emptyTable(closeRange)
-				_, err := unix.FcntlInt(f.Fd(), unix.F_GETFD, 0)
-				errs <- err
-			})
-			require.NoError(t, <-errs)
-			assert.ErrorIs(t, <-errs, unix.EBADF)
-			_, err = f.Stat()
-			require.NoError(t, err)
+// TestDropConnections checks that the thread loses every connection and
+// nothing else, and that the rest of the process keeps its own. The collector
+// runs on such threads, too.
+func TestDropConnections(t *testing.T) {
+	var dev [3]*os.File
+	for i := range dev {
+		fd, err := unix.Open("/dev/fuse", unix.O_RDWR|unix.O_CLOEXEC, 0)
+		if err != nil {
+			t.Skip(err)
+		}
+		dev[i] = os.NewFile(uintptr(fd), "/dev/fuse")
+		defer dev[i].Close()
+	}
+	null, err := os.Open("/dev/null")
+	require.NoError(t, err)
+	defer null.Close()
+	has := func(f *os.File) error {
+		_, err := unix.FcntlInt(f.Fd(), unix.F_GETFD, 0)
+		return err
+	}
+	for range 50 {
+		errs := make(chan error, 5)
+		go onOwnThread(func() {
+			errs <- dropConnections(int(dev[1].Fd()))
+			for _, f := range dev {
+				errs <- has(f)
+			}
+			errs <- has(null)
+			runtime.GC()
+			close(errs)
 		})
+		require.NoError(t, <-errs)
+		for range dev {
+			assert.ErrorIs(t, <-errs, unix.EBADF)
+		}
+		require.NoError(t, <-errs)
+		<-errs
+	}
+	for _, f := range dev {
+		require.NoError(t, has(f))
 	}
 }

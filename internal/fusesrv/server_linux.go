@@ -3,7 +3,6 @@ package fusesrv
 import (
 	"context"
 	"encoding/binary"
-	"errors"
 	"fmt"
 	"io"
 	"log"
@@ -84,7 +83,7 @@ type Server struct {
 
 	maxWrite int
 	want     int32
-	readers  atomic.Int32
+	readers  readers
 	wg       sync.WaitGroup
 	done     chan struct{}
 
@@ -327,120 +326,6 @@ func (s *Server) agree(in, out []byte) (int, error) {
 		s.noPass.Store(true)
 	}
 	return n, nil
-}
-
-type buffers struct{ in, out []byte }
-
-func newBuffers(maxWrite int) *buffers {
-	return &buffers{in: make([]byte, maxWrite+4096), out: make([]byte, maxWrite+4096)}
-}
-
-// read reads one request, parked in the poller while there is none.
-func (s *Server) read(buf []byte) (n int, err error) {
-	for {
-		cerr := s.raw.Read(func(fd uintptr) bool {
-			n, err = unix.Read(int(fd), buf)
-			return err != unix.EAGAIN
-		})
-		if cerr != nil {
-			return 0, cerr
-		}
-		if err == unix.EINTR || err == unix.ENOENT {
-			continue // ENOENT: the request was interrupted away
-		}
-		return n, err
-	}
-}
-
-func (s *Server) addReader() {
-	s.readers.Add(1)
-	s.wg.Add(1)
-	go s.reader()
-}
-
-// reader reads and serves. A timer makes another reader if a request turns
-// out to be slow; the surplus one ends.
-func (s *Server) reader() {
-	defer s.wg.Done()
-	b := newBuffers(s.maxWrite)
-	in, out := [][]byte{nil}, [][]byte{b.out}
-	var away atomic.Bool // this goroutine does not count as a reader
-	// The timer's function runs beside this one and must not make a reader
-	// after it: the last to end lets the descriptor be closed.
-	var mu sync.Mutex
-	ended := false // guarded by mu
-	defer func() {
-		mu.Lock()
-		ended = true
-		mu.Unlock()
-	}()
-	leave := func() {
-		mu.Lock()
-		defer mu.Unlock()
-		if ended {
-			return
-		}
-		if away.CompareAndSwap(false, true) {
-			s.readers.Add(-1)
-			s.addReader()
-		}
-	}
-	slow := time.AfterFunc(time.Hour, leave)
-	slow.Stop()
-	for {
-		n, err := s.read(b.in)
-		if err != nil {
-			if !errors.Is(err, unix.ENODEV) && !errors.Is(err, os.ErrClosed) {
-				s.log.Error("read request", "err", err)
-			}
-			return
-		}
-		s.requests.Add(1)
-		if n >= 40 && certainlySlow(b.in) {
-			leave()
-		} else {
-			slow.Reset(slowAfter)
-		}
-		in[0] = b.in[:n]
-		k, _ := s.ps.HandleRequest(in, out)
-		if k > 0 {
-			if _, err := unix.Write(s.fd, b.out[:k]); err != nil && err != unix.ENOENT && err != unix.ENODEV {
-				s.log.Error("write reply", "err", err, "opcode", binary.NativeEndian.Uint32(b.in[4:]))
-			}
-		}
-		slow.Stop()
-		if away.Load() {
-			// Somebody else reads now. Go on only if that one went away, too.
-			if s.readers.Add(1) > s.want {
-				s.readers.Add(-1)
-				return
-			}
-			away.Store(false)
-		}
-	}
-}
-
-// Opcodes of fuse.h that matter to the loop.
-const (
-	opOpen          = 14
-	opRead          = 15
-	opWrite         = 16
-	opFsync         = 20
-	opFsyncdir      = 30
-	opSetlkw        = 33
-	opFallocate     = 43
-	opCopyFileRange = 47
-)
-
-// certainlySlow reports whether a request moves data or waits for a disk.
-func certainlySlow(req []byte) bool {
-	switch binary.NativeEndian.Uint32(req[4:]) {
-	case opFsync, opFsyncdir, opSetlkw, opFallocate, opCopyFileRange:
-		return true
-	case opRead, opWrite:
-		return len(req) > 0 && binary.NativeEndian.Uint32(req[40+16:]) > 64<<10
-	}
-	return false
 }
 
 // finish runs when the kernel has ended the connection.
