@@ -166,12 +166,13 @@ func keep(dir string) error {
 }
 
 type keeper struct {
-	dir    string
-	lock   *os.File
-	socket *os.File
-	argv   []string // of the next worker
-	items  map[string]item
-	died   []time.Time // workers of their own fault
+	dir            string
+	lock           *os.File
+	socket         *os.File
+	argv           []string // of the next worker
+	items          map[string]item
+	died           []time.Time // workers of their own fault
+	pulse, silence time.Duration
 }
 
 // newKeeper takes the lock and makes the socket; nil if another keeper is at
@@ -181,7 +182,9 @@ func newKeeper(dir string) (*keeper, error) {
 	if err != nil {
 		return nil, err
 	}
-	k := &keeper{dir: dir, lock: lock, argv: ownArgv(dir), items: map[string]item{}}
+	k := &keeper{
+		dir: dir, lock: lock, argv: ownArgv(dir), items: map[string]item{}, pulse: pulse, silence: silence,
+	}
 	for end := time.Now().Add(patience); ; time.Sleep(10 * time.Millisecond) {
 		err := unix.Flock(int(lock.Fd()), unix.LOCK_EX|unix.LOCK_NB)
 		if err == nil {
@@ -389,7 +392,7 @@ func (k *keeper) attend(w *worker) error {
 			in <- g
 		}
 	}()
-	beat := time.NewTicker(pulse)
+	beat := time.NewTicker(k.pulse)
 	defer beat.Stop()
 	heard := time.Now()
 	var killed time.Time
@@ -414,12 +417,12 @@ func (k *keeper) attend(w *worker) error {
 			return err
 		case <-beat.C:
 			switch {
-			case time.Since(heard) < silence:
+			case time.Since(heard) < k.silence:
 				w.tell(message{Op: opPing})
 			case killed.IsZero():
 				killed = time.Now()
 				_ = w.cmd.Process.Kill()
-			case time.Since(killed) > pulse:
+			case time.Since(killed) > k.pulse:
 				// It waits in the kernel, maybe for a mount that waits for it.
 				if err := k.abort(); err != nil {
 					fmt.Fprintln(os.Stderr, time.Now().Format(time.RFC3339), "abort:", err)

@@ -1,0 +1,280 @@
+package keeper
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"os"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+	"golang.org/x/sys/unix"
+)
+
+// The worker of the tests does what it is told. Its state is a file that
+// everybody appends to.
+type order struct {
+	Op    string // store, drop, next, list, exit, hang
+	Name  string
+	Text  string
+	Argv  []string
+	Exit  int
+	Items map[string]string // answer to list
+	PID   int
+	Err   string
+}
+
+func TestMain(m *testing.M) {
+	if status, helper := Main(os.Args, testWorker); helper {
+		os.Exit(status)
+	}
+	os.Exit(m.Run())
+}
+
+func testWorker(w *Worker) error {
+	items := map[string]string{}
+	for _, it := range w.Kept() {
+		f := os.NewFile(uintptr(it.FDs[0]), it.Name)
+		b, err := io.ReadAll(io.NewSectionReader(f, 0, 1<<20))
+		if err != nil {
+			return err
+		}
+		items[it.Name] = string(b)
+	}
+	for {
+		c, err := w.Accept()
+		if err != nil {
+			return err
+		}
+		var o order
+		fds, err := c.Recv(&o)
+		if err != nil {
+			c.Close()
+			continue
+		}
+		CloseAll(fds)
+		switch o.Op {
+		case "store":
+			err = store(w, o.Name, o.Text)
+		case "drop":
+			err = w.Drop(o.Name)
+		case "next":
+			err = w.Next(o.Argv)
+		case "exit":
+			os.Exit(o.Exit)
+		case "hang":
+			// The answer first; what is left does not react to anything.
+			_ = c.Send(order{})
+			_ = unix.Kill(os.Getpid(), unix.SIGSTOP)
+		}
+		a := order{Items: items, PID: os.Getpid()}
+		if err != nil {
+			a.Err = err.Error()
+		}
+		_ = c.Send(a)
+		c.Close()
+	}
+}
+
+func store(w *Worker, name, text string) error {
+	fd, err := unix.MemfdCreate("test", unix.MFD_CLOEXEC)
+	if err != nil {
+		return err
+	}
+	defer unix.Close(fd)
+	if _, err := unix.Write(fd, []byte(text)); err != nil {
+		return err
+	}
+	return w.Store(name, 0, fd)
+}
+
+func tell(t *testing.T, dir string, command []string, o order) order {
+	t.Helper()
+	c, err := Dial(t.Context(), dir, command)
+	require.NoError(t, err)
+	defer c.Close()
+	require.NoError(t, c.SetDeadline(time.Now().Add(30*time.Second)))
+	require.NoError(t, c.Send(o))
+	var a order
+	_, err = c.Recv(&a)
+	if o.Op != "exit" {
+		require.NoError(t, err)
+	}
+	require.Empty(t, a.Err)
+	return a
+}
+
+// inTest runs a keeper as a goroutine, with short times.
+func inTest(t *testing.T) (dir string, k *keeper, end func() error) {
+	t.Helper()
+	dir = t.TempDir()
+	k, err := newKeeper(dir)
+	require.NoError(t, err)
+	require.NotNil(t, k)
+	k.pulse, k.silence = 20*time.Millisecond, 3*time.Second
+	started, done := make(chan struct{}), make(chan error, 1)
+	go func() { done <- k.run(func() { close(started) }) }()
+	<-started
+	end = sync.OnceValue(func() error {
+		err := <-done
+		k.close()
+		return err
+	})
+	return dir, k, end
+}
+
+// TestHandOver: a worker gets all that earlier ones stored, and only that.
+func TestHandOver(t *testing.T) {
+	dir, _, end := inTest(t)
+	want := map[string]string{}
+	put := func(name, text string) {
+		tell(t, dir, nil, order{Op: "store", Name: name, Text: text})
+		want[name] = text
+	}
+	put("1", "one")
+	put("2", "two")
+	put("1/a", "part of one")
+	put("10", "ten")
+	first := tell(t, dir, nil, order{Op: "list"})
+	require.Empty(t, first.Items)
+	require.NoError(t, unix.Kill(first.PID, unix.SIGKILL))
+	second := tell(t, dir, nil, order{Op: "list"}) // waits for the worker
+	require.NotEqual(t, first.PID, second.PID)
+	require.Equal(t, want, second.Items)
+	put("2", "two again")
+	tell(t, dir, nil, order{Op: "drop", Name: "1"})
+	delete(want, "1")
+	delete(want, "1/a")
+	tell(t, dir, nil, order{Op: "exit", Exit: ExitNext})
+	require.Equal(t, want, tell(t, dir, nil, order{Op: "list"}).Items)
+	tell(t, dir, nil, order{Op: "exit"})
+	require.NoError(t, end())
+	_, err := Dial(t.Context(), dir, nil)
+	require.ErrorIs(t, err, ErrNone)
+}
+
+// TestSilence: a worker that gives no sign of life is replaced.
+func TestSilence(t *testing.T) {
+	dir, _, end := inTest(t)
+	tell(t, dir, nil, order{Op: "store", Name: "x", Text: "kept"})
+	before := tell(t, dir, nil, order{Op: "list"})
+	tell(t, dir, nil, order{Op: "hang"})
+	after := tell(t, dir, nil, order{Op: "list"})
+	require.NotEqual(t, before.PID, after.PID)
+	require.Equal(t, map[string]string{"x": "kept"}, after.Items)
+	tell(t, dir, nil, order{Op: "exit"})
+	require.NoError(t, end())
+}
+
+// TestFaulty: a keeper gives up on workers that die of their own fault, not on
+// those that are killed.
+func TestFaulty(t *testing.T) {
+	dir, _, end := inTest(t)
+	for range 2 * faults {
+		require.NoError(t, unix.Kill(tell(t, dir, nil, order{Op: "list"}).PID, unix.SIGKILL))
+	}
+	for range faults {
+		tell(t, dir, nil, order{Op: "exit", Exit: 3})
+	}
+	require.ErrorContains(t, end(), "again and again")
+}
+
+// TestNextFails: a program that cannot take over is not tried twice.
+func TestNextFails(t *testing.T) {
+	dir, _, end := inTest(t)
+	tell(t, dir, nil, order{Op: "store", Name: "x", Text: "kept"})
+	for _, argv := range [][]string{{"/nowhere"}, {"/bin/false"}} {
+		tell(t, dir, nil, order{Op: "next", Argv: argv})
+		tell(t, dir, nil, order{Op: "exit", Exit: ExitNext})
+		require.Equal(t, map[string]string{"x": "kept"}, tell(t, dir, nil, order{Op: "list"}).Items)
+	}
+	tell(t, dir, nil, order{Op: "exit"})
+	require.NoError(t, end())
+}
+
+// TestStart: callers that come at once get one helper, which is no child of
+// theirs, and which ends when its worker does.
+func TestStart(t *testing.T) {
+	// Longer than an address of a socket may be.
+	dir := t.TempDir() + "/" + strings.Repeat("long", 30)
+	var mu sync.Mutex
+	var pids []int
+	var wg sync.WaitGroup
+	for range 4 {
+		wg.Go(func() {
+			a := tell(t, dir, Self(), order{Op: "list"})
+			mu.Lock()
+			defer mu.Unlock()
+			pids = append(pids, a.PID)
+		})
+	}
+	wg.Wait()
+	slices.Sort(pids)
+	require.Len(t, slices.Compact(pids), 1)
+	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pids[0]))
+	require.NoError(t, err)
+	require.NotContains(t, string(status), fmt.Sprintf("PPid:\t%d\n", os.Getpid()))
+	for _, name := range []string{socketName, lockName, logName} {
+		fi, err := os.Stat(dir + "/" + name)
+		require.NoError(t, err)
+		assert.Zero(t, fi.Mode().Perm()&0o077, name)
+	}
+	tell(t, dir, nil, order{Op: "exit"})
+	require.NoError(t, Gone(t.Context(), dir))
+	_, err = Dial(t.Context(), dir, nil)
+	require.ErrorIs(t, err, ErrNone)
+}
+
+// TestStartFails tells what the helper says.
+func TestStartFails(t *testing.T) {
+	for name, command := range map[string][]string{
+		"missing": {"/nowhere/helper"},
+		"fails":   {"/bin/sh", "-c", "echo reason; exit 3"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			_, err := Dial(t.Context(), t.TempDir(), command)
+			require.ErrorContains(t, err, map[string]string{"missing": "no such file", "fails": "reason"}[name])
+		})
+	}
+	// One that does no work at all must not be started for ever.
+	_, err := Dial(t.Context(), t.TempDir(), []string{"/bin/true"})
+	require.ErrorContains(t, err, "does not stay")
+	ctx, cancel := context.WithCancelCause(t.Context())
+	cancel(io.ErrClosedPipe)
+	_, err = Dial(ctx, t.TempDir(), Self())
+	require.ErrorIs(t, err, io.ErrClosedPipe)
+}
+
+// TestBigMessage: what does not fit into a socket goes through memory.
+func TestBigMessage(t *testing.T) {
+	a, b, err := pair()
+	require.NoError(t, err)
+	ca, err := NewConn(a)
+	require.NoError(t, err)
+	defer ca.Close()
+	cb, err := NewConn(b)
+	require.NoError(t, err)
+	defer cb.Close()
+	for _, n := range []int{0, maxInline - 100, maxInline, 10 << 20} {
+		want := order{Text: strings.Repeat("\xff", n)}
+		null, err := os.Open(os.DevNull)
+		require.NoError(t, err)
+		require.NoError(t, ca.Send(want, int(null.Fd()), int(null.Fd())))
+		null.Close()
+		var got order
+		fds, err := cb.Recv(&got)
+		require.NoError(t, err)
+		require.Len(t, fds, 2)
+		CloseAll(fds)
+		require.Equal(t, want, got)
+	}
+	require.ErrorIs(t, ca.Send(order{}, make([]int, maxFDs+1)...), unix.E2BIG)
+	require.NoError(t, ca.Close())
+	_, err = cb.Recv(new(order))
+	require.ErrorIs(t, err, io.EOF)
+}
