@@ -40,7 +40,7 @@ func TestCaseNames(t *testing.T) {
 }
 
 func TestVerdict(t *testing.T) {
-	h := Harness{Deviates: map[string]string{"Rename": "by design", "NoSuchCase": "rot"}}
+	h := Harness{Deviates: map[string]string{"Rename": "by design", "NoSuchCase": "rot"}, Skip: map[string]string{"Modes": "hangs", "NoSuchSkip": "rot"}}
 	failure, known := h.verdict("Rename", errors.New("EXDEV"))
 	assert.NoError(t, failure)
 	assert.Contains(t, known, "by design")
@@ -50,7 +50,27 @@ func TestVerdict(t *testing.T) {
 	assert.EqualError(t, failure, "broken")
 	failure, _ = h.verdict("Files", nil)
 	assert.NoError(t, failure)
-	assert.Equal(t, []string{"NoSuchCase", "Rename"}, h.unknown())
+	assert.Equal(t, []string{"NoSuchCase", "Rename", "NoSuchSkip"}, h.unknown())
+}
+
+// TestStamp: with whole seconds no time is finer, whoever set it.
+func TestStamp(t *testing.T) {
+	for _, whole := range []bool{false, true} {
+		e := &env{TB: t, h: Harness{WholeSeconds: whole}}
+		dir := t.TempDir()
+		set := time.Unix(1e9, 123456789)
+		require.NoError(t, makeTree(dir, "file set 1", "file now 2"))
+		require.NoError(t, os.Chtimes(filepath.Join(dir, "set"), set, set))
+		require.NoError(t, e.stamp(dir, 0))
+		for name, want := range map[string]time.Time{"set": set, "now": stampTime("now", 0)} {
+			if whole {
+				want = want.Truncate(time.Second)
+			}
+			fi, err := os.Lstat(filepath.Join(dir, name))
+			require.NoError(t, err)
+			assert.True(t, want.Equal(fi.ModTime()), "%s: %v, want %v", name, fi.ModTime(), want)
+		}
+	}
 }
 
 // broken is a driver with a bug: each field that is set stands in for a method.

@@ -27,6 +27,9 @@ const expectEnv = "LAYERFS_DRIVERTEST_FSSUITE"
 // is no failure here.
 func (h Harness) runFSSuite(t *testing.T) {
 	testenv.RequireRoot(t)
+	if why := h.Skip[fsSuite]; why != "" {
+		t.Skip(why)
+	}
 	why, deviates := h.Deviates[fsSuite]
 	if !deviates || os.Getenv(expectEnv) != "" {
 		fstest.FSSuite(t, &fsApplier{tb: t, h: h})

@@ -43,6 +43,13 @@ type Harness struct {
 	// Deviates has the cases that fail by design, and why.
 	Deviates map[string]string
 
+	// Skip has the cases that cannot even be run, because they hang or disturb
+	// what else runs on the host, and why.
+	Skip map[string]string
+
+	// WholeSeconds says that the file system of the layers keeps whole seconds.
+	WholeSeconds bool
+
 	// Seed is the first seed of the random histories and Histories their
 	// number; the defaults are 1 and 3.
 	Seed      uint64
@@ -77,7 +84,7 @@ func allCases() []testCase {
 func Run(t *testing.T, h Harness) {
 	t.Helper()
 	for _, name := range h.unknown() {
-		t.Errorf("Deviates names %q, which is no case", name)
+		t.Errorf("Deviates or Skip names %q, which is no case", name)
 	}
 	for _, c := range allCases() {
 		t.Run(c.name, func(t *testing.T) { h.runCase(t, c) })
@@ -87,6 +94,8 @@ func Run(t *testing.T, h Harness) {
 
 func (h Harness) runCase(t *testing.T, c testCase) {
 	switch {
+	case h.Skip[c.name] != "":
+		t.Skip(h.Skip[c.name])
 	case c.needs&needRoot != 0 && os.Geteuid() != 0:
 		testenv.RequireRoot(t)
 	case c.needs&needHome != 0 && h.Home == nil:
@@ -143,16 +152,18 @@ func (h Harness) verdict(name string, err error) (failure error, known string) {
 	return err, ""
 }
 
-// unknown returns the names in Deviates that are no cases.
+// unknown returns the names in Deviates and Skip that are no cases.
 func (h Harness) unknown() []string {
 	known := map[string]bool{fsSuite: true}
 	for _, c := range allCases() {
 		known[c.name] = true
 	}
 	var names []string
-	for _, name := range slices.Sorted(maps.Keys(h.Deviates)) {
-		if !known[name] {
-			names = append(names, name)
+	for _, list := range []map[string]string{h.Deviates, h.Skip} {
+		for _, name := range slices.Sorted(maps.Keys(list)) {
+			if !known[name] {
+				names = append(names, name)
+			}
 		}
 	}
 	return names

@@ -59,7 +59,7 @@ func (s *stack) add(steps ...string) error {
 		if err := makeTree(path, steps...); err != nil {
 			return err
 		}
-		return stamp(path, i)
+		return s.e.stamp(path, i)
 	})
 }
 
@@ -116,14 +116,14 @@ func (s *stack) model(i int) (string, error) {
 
 // replay makes all steps up to a layer in an empty directory.
 func (s *stack) replay(dir string, i int) error {
-	if err := stamp(dir, 0); err != nil {
+	if err := s.e.stamp(dir, 0); err != nil {
 		return err
 	}
 	for n, steps := range s.steps[:i+1] {
 		if err := makeTree(dir, steps...); err != nil {
 			return fmt.Errorf("step of layer %d: %w", n, err)
 		}
-		if err := stamp(dir, n); err != nil {
+		if err := s.e.stamp(dir, n); err != nil {
 			return err
 		}
 	}
@@ -280,8 +280,9 @@ func readDiff(e *env, d layerfs.Driver, id, base string, opts *layerfs.DiffOptio
 var old = time.Date(2015, 1, 1, 0, 0, 0, 0, time.UTC)
 
 // stamp gives every entry that was modified now a time that depends on its
-// path and layer alone.
-func stamp(root string, layer int) error {
+// path and layer alone. Where the driver keeps whole seconds, the others lose
+// what is less, so that a model has the times that its layer can have.
+func (e *env) stamp(root string, layer int) error {
 	return filepath.WalkDir(root, func(path string, entry fs.DirEntry, err error) error {
 		if err != nil {
 			return err
@@ -290,14 +291,24 @@ func stamp(root string, layer int) error {
 		if err != nil {
 			return err
 		}
-		if fi.ModTime().Before(old) || !onLinux() && fi.Mode().Type() == fs.ModeSymlink {
+		if !onLinux() && fi.Mode().Type() == fs.ModeSymlink {
 			return nil
 		}
-		rel, err := filepath.Rel(root, path)
-		if err != nil {
-			return err
+		t := fi.ModTime()
+		if !t.Before(old) {
+			rel, err := filepath.Rel(root, path)
+			if err != nil {
+				return err
+			}
+			t = stampTime(rel, layer)
 		}
-		return setTime(path, stampTime(rel, layer))
+		if e.h.WholeSeconds {
+			t = time.Unix(t.Unix(), 0)
+		}
+		if t.Equal(fi.ModTime()) {
+			return nil
+		}
+		return setTime(path, t)
 	})
 }
 

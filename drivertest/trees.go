@@ -354,7 +354,7 @@ func testDeepStack(e *env) error {
 			if err := makeTree(path, steps...); err != nil {
 				return err
 			}
-			return stamp(path, i)
+			return e.stamp(path, i)
 		})
 		if err != nil {
 			return fmt.Errorf("layer %d: %w", i+1, err)
