@@ -9,6 +9,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/layerfs/layerfs/internal/sys"
 )
 
 type buffers struct{ in, out []byte }
@@ -21,7 +23,7 @@ func newBuffers(maxWrite int) *buffers {
 func (s *Server) read(buf []byte) (n int, err error) {
 	for {
 		cerr := s.raw.Read(func(fd uintptr) bool {
-			n, err = unix.Read(int(fd), buf)
+			n, err = sys.ReadNow(int(fd), buf)
 			return err != unix.EAGAIN
 		})
 		if cerr != nil {
@@ -110,10 +112,13 @@ func (r *reader) run() {
 		} else if !s.readers.watching.Load() && s.readers.watching.CompareAndSwap(false, true) {
 			go s.watchReaders()
 		}
-		in[0] = b.in[:n]
-		k, _ := s.ps.HandleRequest(in, out)
+		k, quick := s.quick(b.in[:n], b.out)
+		if !quick {
+			in[0] = b.in[:n]
+			k, _ = s.ps.HandleRequest(in, out)
+		}
 		if k > 0 {
-			if _, err := unix.Write(s.fd, b.out[:k]); err != nil && err != unix.ENOENT && err != unix.ENODEV {
+			if _, err := sys.WriteNow(s.fd, b.out[:k]); err != nil && err != unix.ENOENT && err != unix.ENODEV {
 				s.log.Error("write reply", "err", err, "opcode", binary.NativeEndian.Uint32(b.in[4:]))
 			}
 		}
