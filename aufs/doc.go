@@ -7,17 +7,35 @@
 //
 // # Engines
 //
-// The kernel's AUFS merges the branches where it exists. Everywhere else this
-// process does, with package union, over FUSE. Both read and write one form on
-// disk, and a root may be used by one today and by the other tomorrow.
+// The kernel's AUFS merges the branches where it exists. Everywhere else a
+// helper process does, with the engine of package union, over FUSE. Both read
+// and write one form on disk, and a root may be used by one today and by the
+// other tomorrow.
 //
-// The FUSE engine serves a layer from the process whose Get mounted it. Other
-// processes that Get the layer share that mount. It goes on after the serving
-// process has put the layer, as long as another one holds it, and ends with
-// the serving process, however that ends: users of the mount then get
-// ENOTCONN. The next Get by a driver that did not hold the layer, and every
-// New, detaches such a mount, mends the branch and mounts it again. For the
-// same reason [layerfs.GetOptions.Persist] is refused, except for base layers.
+// The helper is the program [Options.Helper] names: the layerfs tool, or the
+// embedding program itself, which then calls [Main] first:
+//
+//	func main() {
+//		helper := aufs.Main()
+//		…
+//		d, err := aufs.New(root, &aufs.Options{Helper: helper})
+//
+// It is started by the first Get, serves all layers of a root, and ends a few
+// seconds after the last one was unmounted. It is two processes. One serves. If
+// that is killed, or gives no sign of life for 30 s, the other starts it again
+// with what it has kept, and files that are open go on: users of a mount wait
+// for some milliseconds, and a little more for each file the kernel remembers.
+// So mounts outlive the program that made them, and its upgrade
+// ([Driver.ReplaceHelper]). Before Linux 6.9, and if both processes are killed,
+// users of a mount get ENOTCONN instead; nothing that was synced is lost. The
+// next Get by a driver that did not hold the layer, and every New, detaches
+// such a mount, mends the branch and mounts it again. What the helper has to
+// say is in ROOT/aufs/serve/log.
+//
+// With [Options.InProcess] the process whose Get mounted a layer serves it.
+// Other processes that Get the layer share that mount. It goes on after the
+// serving process has put the layer, as long as another one holds it, and ends
+// with the serving process, however that ends.
 //
 // # Layout
 //
@@ -25,7 +43,9 @@
 //	ROOT/aufs/layers/ID   the ids of the ancestors, nearest first, one a line;
 //	                      empty for a base layer
 //	ROOT/aufs/mnt/ID      where Get mounts the layer
-//	ROOT/aufs/.view-*     probes, and read-only mounts that Diff reads from
+//	ROOT/aufs/serve       socket, lock and log of the helper
+//	ROOT/aufs/.probe-*    probes of New
+//	ROOT/aufs/.view-*     read-only mounts that Diff reads from
 //	ROOT/aufs/.layerfs    records and locks
 //
 // This is the layout of Docker's driver. A layer is mounted only while in use,
@@ -42,6 +62,6 @@
 // # Kernel
 //
 // FUSE engine: Linux 5.12 and CAP_SYS_ADMIN; file data goes past this process
-// since 6.9. Kernel engine: AUFS 4 or later. Sources: aufs(5), aufs-util 4.9;
+// since 6.9, and open files survive the helper's crash since then. Kernel engine: AUFS 4 or later. Sources: aufs(5), aufs-util 4.9;
 // design documents and ABI/testing/sysfs-aufs of aufs-standalone 6.x.
 package aufs

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"slices"
@@ -510,7 +511,8 @@ func TestLingering(t *testing.T) {
 func TestMended(t *testing.T) {
 	for _, verb := range []string{"get", "changes", "diff"} {
 		t.Run(verb, func(t *testing.T) {
-			d := mustNew(t, t.TempDir(), Options{})
+			var told bytes.Buffer
+			d := mustNew(t, t.TempDir(), Options{Logger: slog.New(slog.NewTextHandler(&told, nil))})
 			ctx := t.Context()
 			stack(t, d)
 			require.NoError(t, os.WriteFile(mustGet(t, d, "top")+"/g", []byte("new"), 0o644))
@@ -523,6 +525,8 @@ func TestMended(t *testing.T) {
 			case "get":
 				_, err := os.ReadFile(mustGet(t, d, "top") + "/g")
 				require.True(t, err == nil || errors.Is(err, os.ErrNotExist), "%v", err)
+				require.Contains(t, told.String(), "repaired")
+				require.Contains(t, told.String(), "g")
 				return
 			case "changes":
 				require.NotEmpty(t, changes(t, d, "top", "base"))
@@ -534,6 +538,7 @@ func TestMended(t *testing.T) {
 				require.NoError(t, err)
 				require.NoError(t, r.Close())
 			}
+			require.Contains(t, told.String(), "repaired")
 			_, err := os.Lstat(d.m.branch("top") + "/.wh..wh.mounted")
 			require.ErrorIs(t, err, os.ErrNotExist)
 		})

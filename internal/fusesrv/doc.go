@@ -14,6 +14,9 @@
 //   - Notifications take locks that a client may hold while it waits for us,
 //     so they are never sent by a handler.
 //
+// What a server knows can be kept in a [State], with which [Resume] goes on in
+// another process; see docs/decisions/0013-union-helper.md.
+//
 // The process must not use the mounts it serves in the goroutines that serve
 // them, nor rely on them for its own exit.
 //
