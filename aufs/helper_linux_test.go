@@ -20,6 +20,7 @@ import (
 
 	"github.com/layerfs/layerfs"
 	"github.com/layerfs/layerfs/aufs"
+	"github.com/layerfs/layerfs/internal/testenv"
 	"github.com/layerfs/layerfs/internal/unionhost"
 )
 
@@ -66,6 +67,11 @@ func (h *helped) worker(t *testing.T) int {
 	return info.PID
 }
 
+func requireResend(t *testing.T) {
+	t.Helper()
+	testenv.RequireKernel(t, "6.9", "requests that come again (FUSE_NOTIFY_RESEND)")
+}
+
 func parent(t *testing.T, pid int) int {
 	t.Helper()
 	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
@@ -77,9 +83,10 @@ func parent(t *testing.T, pid int) int {
 	return n
 }
 
-// kill kills the worker, which another one follows.
+// kill kills the worker, which another one follows and goes on.
 func (h *helped) kill(t *testing.T) {
 	t.Helper()
+	requireResend(t)
 	pid := h.worker(t)
 	require.NoError(t, unix.Kill(pid, unix.SIGKILL))
 	require.NotEqual(t, pid, h.worker(t))
@@ -119,6 +126,7 @@ func TestHelperOutlivesProgram(t *testing.T) {
 
 // TestPersist: a Get that persists outlives its driver.
 func TestPersist(t *testing.T) {
+	requireResend(t)
 	h := newHelped(t)
 	ctx := t.Context()
 	require.NoError(t, h.d.Put(ctx, "top"))
@@ -136,6 +144,7 @@ func TestPersist(t *testing.T) {
 
 // TestWorkerKilled: what is open when the worker is killed goes on.
 func TestWorkerKilled(t *testing.T) {
+	requireResend(t)
 	h := newHelped(t)
 	p := func(name string) string { return filepath.Join(h.path, name) }
 
@@ -271,6 +280,31 @@ func inodes(t *testing.T, dir string) map[string]uint64 {
 	return m
 }
 
+// TestWorkerKilledCleanly: a kernel that does not send requests again gives
+// ENOTCONN when the worker is killed, and the next New and Get mount again.
+func TestWorkerKilledCleanly(t *testing.T) {
+	var u unix.Utsname
+	require.NoError(t, unix.Uname(&u))
+	var major, minor int
+	_, err := fmt.Sscanf(unix.ByteSliceToString(u.Release[:]), "%d.%d", &major, &minor)
+	require.NoError(t, err)
+	if major > 6 || major == 6 && minor >= 9 {
+		t.Skip("the kernel sends requests again: TestWorkerKilled")
+	}
+	h := newHelped(t)
+	ctx := t.Context()
+	require.NoError(t, os.WriteFile(h.path+"/f", []byte("x"), 0o644))
+	require.NoError(t, unix.Kill(h.worker(t), unix.SIGKILL))
+	_, err = os.Stat(h.path + "/dir/001")
+	require.ErrorIs(t, err, unix.ENOTCONN)
+	d := h.open(t)
+	path, err := d.Get(ctx, "top", nil)
+	require.NoError(t, err)
+	require.FileExists(t, path+"/f")
+	require.NoError(t, d.Put(ctx, "top"))
+	require.NoError(t, h.d.Put(ctx, "top"))
+}
+
 // TestKeeperKilled: the worker goes on without its keeper, and takes calls.
 func TestKeeperKilled(t *testing.T) {
 	h := newHelped(t)
@@ -316,6 +350,7 @@ func unwrapped(err error) error {
 
 // TestReplaceHelper: another program takes over what is mounted.
 func TestReplaceHelper(t *testing.T) {
+	requireResend(t)
 	h := newHelped(t)
 	f, err := os.Create(h.path + "/f")
 	require.NoError(t, err)
@@ -345,6 +380,7 @@ func TestReplaceHelper(t *testing.T) {
 // fails, no data that was synced is lost, and files that are open go on. The
 // number of kills is LAYERFS_KILL_ROUNDS, or 10.
 func TestKillRounds(t *testing.T) {
+	requireResend(t)
 	rounds := 10
 	if s := os.Getenv("LAYERFS_KILL_ROUNDS"); s != "" {
 		var err error
