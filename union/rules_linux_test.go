@@ -198,6 +198,23 @@ func TestReaddir(t *testing.T) {
 			assert.Equal(t, lstat(t, s.path(n)).Ino, seen[n], n)
 		}
 	})
+	t.Run("attributes-come-with-the-listing", func(t *testing.T) {
+		s := prepare(t, 1)
+		const n = 3000
+		for i := range n {
+			require.NoError(t, os.WriteFile(s.lower(0, fmt.Sprint("file", i)), nil, 0o600))
+		}
+		s.mount(t, union.Config{})
+		require.Len(t, names(t, s.mnt), n)
+		known := s.Stats().Nodes
+		assert.Greater(t, known, 1500)
+		assert.Less(t, known, 2500) // but not those of everything
+		before := s.Stats().Requests
+		for i := range n {
+			lstat(t, s.path(fmt.Sprint("file", i)))
+		}
+		assert.Less(t, s.Stats().Requests-before, int64(1500))
+	})
 	t.Run("B2/a-long-listing-survives-removals", func(t *testing.T) {
 		s := mustMount(t, 1)
 		const n = 5000

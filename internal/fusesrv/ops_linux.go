@@ -687,6 +687,10 @@ func (s *Server) readDir(in *fuse.ReadIn, out *fuse.DirEntryList, plus bool) fus
 	if err != nil {
 		return status(err)
 	}
+	// Whoever lists a directory mostly wants the attributes, too, and asking for
+	// each costs more than all of them here. Of a very long listing only the end
+	// has them, lest the kernel and we remember more than is ever used.
+	bare := len(ents) - maxPlus
 	for k := range ents {
 		e := &ents[k]
 		d := fuse.DirEntry{Name: e.Name, Ino: e.Ino, Mode: uint32(e.Type) << 12, Off: e.Off}
@@ -699,6 +703,9 @@ func (s *Server) readDir(in *fuse.ReadIn, out *fuse.DirEntryList, plus bool) fus
 		eo := out.AddDirLookupEntry(d)
 		if eo == nil {
 			break
+		}
+		if k < bare {
+			continue
 		}
 		var st unix.Stat_t
 		n, err := s.fs.LookupEntry(dir, e, &st)

@@ -121,6 +121,8 @@ const (
 	// maxBacked is how many files stay registered while nobody has them
 	// open, so that the next open costs neither an open nor an ioctl.
 	maxBacked = 4096
+	// maxPlus is how many entries of a directory are listed with attributes.
+	maxPlus = 2000
 )
 
 // newServer makes what Mount mounts.
@@ -148,7 +150,7 @@ func newServer(cfg Config) *Server {
 		Name:          "layerfs",
 		Logger:        log.New(io.Discard, "", 0),
 		ExtraCapabilities: fuse.CAP_HANDLE_KILLPRIV_V2 | fuse.CAP_DONT_MASK | fuse.CAP_ATOMIC_O_TRUNC |
-			fuse.CAP_READDIRPLUS_AUTO | fuse.CAP_HAS_EXPIRE_ONLY | fuse.CAP_ASYNC_DIO |
+			fuse.CAP_HAS_EXPIRE_ONLY | fuse.CAP_ASYNC_DIO |
 			fuse.CAP_SETXATTR_EXT | fuse.CAP_DIRECT_IO_ALLOW_MMAP,
 		PanicHandler: func(p any) fuse.Status {
 			s.log.Error("[bug] panic in a request", "panic", p, "stack", string(stack()))
