@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"os"
 	"os/exec"
+	"path/filepath"
 
 	"golang.org/x/sys/unix"
 
@@ -43,6 +44,9 @@ func newHelper(set settings, dir string, command []string, log *slog.Logger) (en
 		command = []string{tool}
 	}
 	path, err := exec.LookPath(command[0])
+	if err == nil {
+		path, err = filepath.Abs(path) // the helper starts in /
+	}
 	if err != nil {
 		return nil, &layerfs.UnsupportedError{
 			Feature: "a helper that serves the fuse engine",

@@ -42,9 +42,12 @@ import (
 	"os"
 	"os/signal"
 	"syscall"
+
+	"github.com/layerfs/layerfs/aufs"
 )
 
 func main() {
+	aufs.Main() // does not return in the process that serves the mounts of aufs
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	code := run(ctx, os.Args, os.Stdin, os.Stdout, os.Stderr)
 	stop()

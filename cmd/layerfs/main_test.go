@@ -600,7 +600,7 @@ func TestDriverChoice(t *testing.T) {
 func TestOptions(t *testing.T) {
 	// Every option can be set, and shows up in the help.
 	values := map[string]string{"mount_option": "x=1,2", "mount_program": "/bin/true", "size": "1.5G", "min_space": "1M", "quotas": "simple", "inodes": "7", "workers": "2",
-		"property": "compression=lz4", "refquota": "1G", "basesize": "1G", "loopdatasize": "1G", "loopmetadatasize": "1G",
+		"property": "compression=lz4", "engine": "fuse", "udba": "reval", "refquota": "1G", "basesize": "1G", "loopdatasize": "1G", "loopmetadatasize": "1G",
 		"blocksize": "64K", "fs": "xfs", "min_free_space": "5", "extend_threshold": "80", "extend_percent": "10",
 		"xfs_nospace_max_retries": "-1",
 		"discard":                 "off", "discard_passdown": "off", "use_deferred_removal": "off", "use_deferred_deletion": "off",

@@ -6,10 +6,12 @@ import (
 	"strconv"
 	"strings"
 
+	"github.com/layerfs/layerfs/aufs"
 	"github.com/layerfs/layerfs/auto"
 	"github.com/layerfs/layerfs/btrfs"
 	"github.com/layerfs/layerfs/devmapper"
 	"github.com/layerfs/layerfs/overlay"
+	"github.com/layerfs/layerfs/union"
 	"github.com/layerfs/layerfs/vfs"
 	"github.com/layerfs/layerfs/zfs"
 )
@@ -39,6 +41,12 @@ func driverOptions() []driverOption {
 			o.ZFS = new(zfs.Options)
 		}
 		return o.ZFS
+	}
+	au := func(o *auto.Options) *aufs.Options {
+		if o.AUFS == nil {
+			o.AUFS = new(aufs.Options)
+		}
+		return o.AUFS
 	}
 	dm := func(o *auto.Options) *devmapper.Options {
 		if o.Devmapper == nil {
@@ -126,6 +134,41 @@ func driverOptions() []driverOption {
 		}},
 		{"zfs", "walk_changes", "on or off: compare whole trees even where zfs diff works", func(o *auto.Options, v string) error {
 			return boolean(&zf(o).WalkChanges, v)
+		}},
+		{"aufs", "engine", "auto, kernel or fuse: what merges the branches", func(o *auto.Options, v string) error {
+			return choice(&au(o).Engine, v, aufs.Auto, aufs.Kernel, aufs.FUSE)
+		}},
+		{"aufs", "helper", "path of the program that serves the fuse engine's mounts; default: layerfs in PATH", func(o *auto.Options, v string) error {
+			au(o).Helper = []string{v}
+			return nil
+		}},
+		{"aufs", "live_base", "on or off: base layers can be changed while layers on them are mounted", func(o *auto.Options, v string) error {
+			return boolean(&au(o).LiveBase, v)
+		}},
+		{"aufs", "udba", "none, notify, reval or strict: how direct changes of branches are noticed", func(o *auto.Options, v string) error {
+			return choice(&au(o).UDBA, v, union.None, union.Notify, union.Reval, union.Strict)
+		}},
+		{"aufs", "dirperm1", "on or off: the permissions of a directory are those of its topmost instance", func(o *auto.Options, v string) error {
+			return choice(&au(o).DirPerm1, v, "on", "off")
+		}},
+		{"aufs", "dio", "on or off: the kernel's AUFS opens files with O_DIRECT", func(o *auto.Options, v string) error {
+			return boolean(&au(o).Dio, v)
+		}},
+		{"aufs", "plink", "on or off: hard links survive a copy-up", func(o *auto.Options, v string) error {
+			return inverse(&au(o).NoPlink, v)
+		}},
+		{"aufs", "sum", "on or off: statfs adds up the file systems of the branches", func(o *auto.Options, v string) error {
+			return boolean(&au(o).Sum, v)
+		}},
+		{"aufs", "xino", "path of the kernel's AUFS's file of inode numbers", func(o *auto.Options, v string) error {
+			au(o).XIno = v
+			return nil
+		}},
+		{"aufs", "size", "quota in bytes of layers without one of their own, such as 10G", func(o *auto.Options, v string) error {
+			return size(&au(o).Quota.Bytes, v)
+		}},
+		{"aufs", "inodes", "quota in files of layers without one of their own", func(o *auto.Options, v string) error {
+			return count(&au(o).Quota.Inodes, v)
 		}},
 		// The names are those of Docker's dm.* options, where it had them.
 		{"devmapper", "basesize", "bytes of a layer's file system; default 10G", func(o *auto.Options, v string) error {
@@ -287,12 +330,16 @@ func applicable(opts []string, driver string) error {
 	return nil
 }
 
-func choice(field *string, value string, allowed ...string) error {
-	if !slices.Contains(allowed, value) {
-		return usagef("%q is not one of %s", value, strings.Join(allowed, ", "))
+func choice[S ~string](field *S, value string, allowed ...S) error {
+	if i := slices.Index(allowed, S(value)); i >= 0 {
+		*field = allowed[i]
+		return nil
 	}
-	*field = value
-	return nil
+	names := make([]string, len(allowed))
+	for i, a := range allowed {
+		names[i] = string(a)
+	}
+	return usagef("%q is not one of %s", value, strings.Join(names, ", "))
 }
 
 func boolean(field *bool, value string) error {
