@@ -44,6 +44,7 @@ var (
 	_ lifecycle.Mechanism     = (*mechanism)(nil)
 	_ lifecycle.NativeChanger = (*mechanism)(nil)
 	_ lifecycle.Finder        = (*mechanism)(nil)
+	_ lifecycle.IDDeleter     = (*mechanism)(nil)
 )
 
 // mechanism is immutable after New.

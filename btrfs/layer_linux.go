@@ -33,12 +33,13 @@ func (m *mechanism) Create(ctx context.Context, rec *lifecycle.Record, parent li
 		return m.build(ctx, rec, makeEmpty)
 	}
 	src := m.Path(parent.Layer().ID)
-	// Before the snapshot, so that there is no child of a parent that can be
-	// written.
-	if err := setReadOnly(src, true); err != nil {
-		return err
-	}
-	return m.build(ctx, rec, func(path string) error { return m.snapshotTree(ctx, path, src) })
+	return m.build(ctx, rec, func(path string) error {
+		nested, err := btrfs.FreezeAndSnapshot(path, src)
+		if err != nil || !nested {
+			return err
+		}
+		return m.snapshotTree(ctx, path, src)
+	})
 }
 
 // makeEmpty makes the tree of a base layer.
@@ -87,8 +88,20 @@ func (m *mechanism) build(ctx context.Context, rec *lifecycle.Record, fill func(
 	return nil
 }
 
+// DeletesByID reports that all of a layer is found by its id; the kernel knows
+// the qgroup.
+func (m *mechanism) DeletesByID(*lifecycle.Record) bool { return true }
+
 // Delete removes the subvolumes of a layer.
 func (m *mechanism) Delete(ctx context.Context, rec *lifecycle.Record) error {
+	// Left by a process that died; the mount would go with the subvolume.
+	st, err := m.State(rec.ID)
+	if err == nil && st.Mounted {
+		err = m.Unmount(ctx, rec)
+	}
+	if err != nil {
+		return err
+	}
 	return errors.Join(m.destroy(ctx, m.Path(rec.ID)), m.destroy(ctx, m.dir.BuildPath(rec.ID)))
 }
 

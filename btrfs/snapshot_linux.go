@@ -75,6 +75,13 @@ func snapshotNested(dst, src string) error {
 // destroy removes the tree at path, with nested subvolumes, and the qgroup.
 // Nothing there is no error.
 func (m *mechanism) destroy(ctx context.Context, path string) error {
+	if m.quotas != nil && m.removal == nil {
+		// The usual case in one call: nothing is nested, and there is no qgroup.
+		err := btrfs.Destroy(path)
+		if err == nil || errors.Is(err, fs.ErrNotExist) {
+			return nil
+		}
+	}
 	is, err := btrfs.IsSubvolume(path)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil

@@ -478,3 +478,29 @@ func TestFull(t *testing.T) {
 	check(t, Destroy(a))
 	check(t, Sync(mnt))
 }
+
+func TestFreezeAndSnapshot(t *testing.T) {
+	mnt := testenv.Btrfs(t, 256)
+	src, dst := filepath.Join(mnt, "src"), filepath.Join(mnt, "dst")
+	check(t, Create(src))
+	check(t, os.WriteFile(filepath.Join(src, "f"), []byte("1"), 0o600))
+	nested, err := FreezeAndSnapshot(dst, src)
+	check(t, err)
+	require.False(t, nested)
+	ro, err := IsReadOnly(src)
+	check(t, err)
+	require.True(t, ro)
+	check(t, os.WriteFile(filepath.Join(dst, "f"), []byte("2"), 0o600)) // it can be written
+	b, err := os.ReadFile(filepath.Join(src, "f"))
+	check(t, err)
+	require.Equal(t, "1", string(b))
+	_, err = FreezeAndSnapshot(dst+"/absent/s", src)
+	require.ErrorIs(t, err, fs.ErrNotExist)
+
+	check(t, SetReadOnly(src, false))
+	check(t, Create(filepath.Join(src, "inner")))
+	nested, err = FreezeAndSnapshot(filepath.Join(mnt, "other"), src)
+	check(t, err)
+	require.True(t, nested)
+	require.NoDirExists(t, filepath.Join(mnt, "other"))
+}

@@ -83,6 +83,34 @@ func Snapshot(path, src string, readOnly bool) error {
 		return err
 	}
 	defer from.Close()
+	return snapshot(path, from, readOnly)
+}
+
+// FreezeAndSnapshot is [SetReadOnly] of src and a writable [Snapshot] of it, in
+// fewer calls. If other subvolumes are nested in src, which a snapshot would
+// lack, it makes none and returns true.
+func FreezeAndSnapshot(path, src string) (nested bool, err error) {
+	from, err := openDir(src)
+	if err != nil {
+		return false, err
+	}
+	defer from.Close()
+	// Before the snapshot, so that there is none of what can be written.
+	if err := setReadOnly(from, true); err != nil {
+		return false, err
+	}
+	args := &sys.BtrfsRootRefs{}
+	err = sys.Ioctl(from, "ioctl BTRFS_IOC_GET_SUBVOL_ROOTREF", sys.BtrfsIocSubvolRootRef, args)
+	if errors.Is(err, unix.EOVERFLOW) || err == nil && args.Num > 0 {
+		return true, nil
+	}
+	if err != nil {
+		return false, err
+	}
+	return false, snapshot(path, from, false)
+}
+
+func snapshot(path string, from *os.File, readOnly bool) error {
 	dir, args, err := volArgs(path)
 	if err != nil {
 		return err
@@ -94,7 +122,7 @@ func Snapshot(path, src string, readOnly bool) error {
 	}
 	err = sys.Ioctl(dir, "ioctl BTRFS_IOC_SNAP_CREATE_V2", sys.BtrfsIocSnapCreateV2, args)
 	if errors.Is(err, unix.EXDEV) {
-		return atPath(path, fmt.Errorf("%s is on another file system: %w", src, err))
+		return atPath(path, fmt.Errorf("%s is on another file system: %w", from.Name(), err))
 	}
 	return atPath(path, err)
 }
@@ -113,13 +141,6 @@ func Snapshot(path, src string, readOnly bool) error {
 //
 // Kernel: BTRFS_IOC_SNAP_DESTROY; rmdir(2) for empty ones since 4.18.
 func Destroy(path string) error {
-	ok, err := IsSubvolume(path)
-	if err != nil {
-		return err
-	}
-	if !ok {
-		return &os.PathError{Op: "destroy", Path: path, Err: errNotSubvolume}
-	}
 	dir, err := openDir(filepath.Dir(path))
 	if err != nil {
 		return err
@@ -132,6 +153,13 @@ func Destroy(path string) error {
 	}
 	copy(args.Name[:], name)
 	err = sys.Ioctl(dir, "ioctl BTRFS_IOC_SNAP_DESTROY", sys.BtrfsIocSnapDestroy, args)
+	if err == nil {
+		return nil
+	}
+	// The kernel says EINVAL, ENOTDIR or EPERM of what is none.
+	if is, serr := IsSubvolume(path); serr == nil && !is {
+		return &os.PathError{Op: "destroy", Path: path, Err: errNotSubvolume}
+	}
 	if errors.Is(err, unix.EPERM) {
 		// Either the caller may not remove anything here, or only the mount option
 		// is missing. An empty subvolume goes by rmdir in the second case.
@@ -341,6 +369,10 @@ func SetReadOnly(path string, readOnly bool) error {
 		return err
 	}
 	defer f.Close()
+	return setReadOnly(f, readOnly)
+}
+
+func setReadOnly(f *os.File, readOnly bool) error {
 	var flags uint64
 	if err := sys.Ioctl(f, "ioctl BTRFS_IOC_SUBVOL_GETFLAGS", sys.BtrfsIocSubvolGetFlags, &flags); err != nil {
 		return notBtrfs(err)
@@ -545,8 +577,13 @@ func volArgs(path string) (*os.File, *sys.BtrfsVolArgsV2, error) {
 	return dir, args, nil
 }
 
+// openDir is os.OpenFile without a look at what kind of file it is.
 func openDir(path string) (*os.File, error) {
-	return os.OpenFile(path, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	fd, err := sys.Openat(unix.AT_FDCWD, path, unix.O_RDONLY|unix.O_DIRECTORY, 0)
+	if err != nil {
+		return nil, err
+	}
+	return os.NewFile(uintptr(fd), path), nil
 }
 
 // notBtrfs turns the ENOTTY of another file system into words.
