@@ -35,6 +35,14 @@ func newHelped(t *testing.T) *helped {
 	t.Helper()
 	requireEngine(t, harness())
 	h := &helped{root: t.TempDir()}
+	t.Cleanup(func() {
+		// What the helper has to say of itself is seen nowhere else.
+		log, err := os.ReadFile(h.root + "/aufs/serve/log")
+		require.NoError(t, err)
+		for _, bad := range []string{"DATA RACE", "panic", "[bug]", "level=ERROR"} {
+			require.NotContains(t, string(log), bad)
+		}
+	})
 	h.d = h.open(t)
 	require.NoError(t, h.d.Create(t.Context(), "base", "", nil))
 	base, err := h.d.Get(t.Context(), "base", nil)

@@ -139,11 +139,14 @@ func (s *State) OnReplace(f func(*os.File) error) {
 	s.replaced = f
 }
 
-// File returns the memfd, for handing it over. It may be replaced later.
-func (s *State) File() *os.File {
+// Hand calls f with the memfd, which is not replaced meanwhile.
+func (s *State) Hand(f func(*os.File) error) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.f
+	if s.err != nil {
+		return s.err
+	}
+	return f(s.f)
 }
 
 // Err returns why the state stopped being kept, or nil.

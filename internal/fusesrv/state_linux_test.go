@@ -43,7 +43,7 @@ func TestState(t *testing.T) {
 	s, err := NewState()
 	require.NoError(t, err)
 	defer func() { require.NoError(t, s.Close()) }()
-	kept := s.File()
+	kept := s.f
 	replaced := 0
 	s.OnReplace(func(f *os.File) error { kept, replaced = f, replaced+1; return nil })
 	want := map[stateKey]entry{}
@@ -100,7 +100,7 @@ func TestStateTorn(t *testing.T) {
 			}
 			copy(s.m[end:], part)
 			s.m[24] = kindInode // not yet superseded
-			got := content(reopen(t, s.File()))
+			got := content(reopen(t, s.f))
 			e := got[stateKey{kindInode, 1}]
 			ok := e == entry{7, "first"} || e.payload == "secondlonger"
 			require.True(t, ok && len(got) == 1, "%v after %d, tail %v", got, cut, tail)
@@ -120,11 +120,11 @@ func TestStateWithout(t *testing.T) {
 		s.put(kindInode, i, 1, make([]byte, 40), "name")
 	}
 	require.ErrorIs(t, s.Err(), lost)
-	assert.Empty(t, content(reopen(t, s.File())))
+	assert.Empty(t, content(reopen(t, s.f)))
 	s.put(kindInode, 1, 1, nil, "")
 	s.count(kindInode, 1, 2)
 	s.del(kindInode, 1)
-	assert.Empty(t, content(reopen(t, s.File())))
+	assert.Empty(t, content(reopen(t, s.f)))
 	require.ErrorIs(t, s.SetMeta(nil), lost)
 }
 

@@ -14,38 +14,50 @@ import (
 // clients wait for it to go on. What it left half done is mended as after any
 // crash, but files that are open without a name stay.
 type Resume struct {
-	// Locks are those of the writable branches, by path, held since the other
-	// process took them. Open takes the files over if it succeeds.
-	Locks map[string]*os.File
+	// Locks are those of writable branches, held since the other process took
+	// them. Open takes over those it needs, which are then nil here.
+	Locks []*os.File
 }
 
 // claim takes the lock of a writable branch, or the one that is held already.
 func (fs *FS) claim(b *Branch) error {
-	if fs.resume != nil {
-		if f := fs.resume.Locks[b.path]; f != nil {
-			// It may have been given up when its owner was killed.
-			if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
-				return &os.PathError{Op: "flock", Path: b.path, Err: fmt.Errorf("writable in another union: %w", unix.EBUSY)}
-			}
-			b.lock = f
-			return nil
+	if fs.resume == nil {
+		return b.claim()
+	}
+	for k, f := range fs.resume.Locks {
+		var st unix.Stat_t
+		if f == nil || unix.Fstat(int(f.Fd()), &st) != nil || uint64(st.Dev) != b.dev || st.Ino != b.ino {
+			continue
 		}
+		// It may have been given up when its owner was killed.
+		if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+			return &os.PathError{Op: "flock", Path: b.path, Err: fmt.Errorf("writable in another union: %w", unix.EBUSY)}
+		}
+		b.lock, fs.resume.Locks[k] = f, nil
+		return nil
 	}
 	return b.claim()
 }
 
-// Locks returns the locks of the writable branches by path. They are valid
-// until Close or a change of the branches.
-func (fs *FS) Locks() map[string]*os.File {
+// Locks returns descriptors of the locks of the writable branches, which are the
+// caller's. They are the same locks, and given up with them.
+func (fs *FS) Locks() (fds []int, err error) {
 	fs.stackMu.RLock()
 	defer fs.stackMu.RUnlock()
-	locks := map[string]*os.File{}
 	for _, b := range fs.stack {
-		if b.lock != nil {
-			locks[b.path] = b.lock
+		if b.lock == nil {
+			continue
 		}
+		fd, err := unix.FcntlInt(b.lock.Fd(), unix.F_DUPFD_CLOEXEC, 0)
+		if err != nil {
+			for _, fd := range fds {
+				unix.Close(fd)
+			}
+			return nil, &os.PathError{Op: "fcntl", Path: b.path, Err: err}
+		}
+		fds = append(fds, fd)
 	}
-	return locks
+	return fds, nil
 }
 
 // Place returns a name of n in a directory that accept takes; ok is false if

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
-	"path/filepath"
 	"strconv"
 	"strings"
 	"sync"
@@ -52,7 +51,9 @@ type union struct {
 	watch *fusesrv.Watch
 	done  chan struct{}
 
-	mu sync.Mutex // one change of the branches at a time
+	mu sync.Mutex // one change of the branches at a time, and their end
+
+	locks []int // of writable branches, for store; changed in State.Hand
 }
 
 // Work is the worker, for keeper.Main.
@@ -385,36 +386,32 @@ func (u *union) keptName(id uint64) string { return u.name + "/" + strconv.Forma
 type meta struct {
 	Version int
 	Config  Config
-	Locks   []string // paths of the branches whose locks are stored behind device and state
 }
 
 func (u *union) setMeta() error {
-	b, err := keeper.Marshal(meta{Version, u.cfg, u.lockPaths()})
+	b, err := keeper.Marshal(meta{Version, u.cfg})
 	if err != nil {
 		return err
 	}
 	return u.st.SetMeta(b)
 }
 
-func (u *union) lockPaths() []string {
-	var paths []string
-	locks := u.fs.Locks()
-	for _, b := range u.fs.Branches() {
-		if locks[b.Path] != nil {
-			paths = append(paths, b.Path)
-		}
-	}
-	return paths
+// store gives the keeper what another worker needs. It runs in State.Hand.
+func (u *union) store(state *os.File) error {
+	return u.h.w.Store(u.name, u.conn, append([]int{u.dev, int(state.Fd())}, u.locks...)...)
 }
 
-// store gives the keeper what another worker needs.
-func (u *union) store(state *os.File) error {
-	fds := []int{u.dev, int(state.Fd())}
-	locks := u.fs.Locks()
-	for _, p := range u.lockPaths() {
-		fds = append(fds, int(locks[p].Fd()))
+// storeLocks is store after the branches have changed.
+func (u *union) storeLocks() error {
+	locks, err := u.fs.Locks()
+	if err != nil {
+		return err
 	}
-	return u.h.w.Store(u.name, u.conn, fds...)
+	return u.st.Hand(func(state *os.File) error {
+		keeper.CloseAll(u.locks)
+		u.locks = locks
+		return u.store(state)
+	})
 }
 
 // serve begins to serve what is mounted now.
@@ -438,7 +435,7 @@ func (u *union) serve(conn int) error {
 func (u *union) attend(s *fusesrv.Server) error {
 	u.srv.Store(s)
 	u.st.OnReplace(u.store)
-	err := u.store(u.st.File())
+	err := u.storeLocks()
 	go func() {
 		<-s.Done()
 		if err := u.fs.FlushLinks(); err != nil {
@@ -460,11 +457,15 @@ func (u *union) release(w *fusesrv.Watch) {
 	if w != nil {
 		w.Close()
 	}
+	u.mu.Lock()
 	if u.fs != nil {
 		if err := u.fs.Close(); err != nil {
 			u.h.log.Warn("close", "target", u.cfg.Target, "err", err)
 		}
 	}
+	keeper.CloseAll(u.locks)
+	u.locks = nil
+	u.mu.Unlock()
 	if err := u.h.w.Drop(u.name); err != nil {
 		u.h.log.Warn("drop", "err", err)
 	}
@@ -521,7 +522,7 @@ func (u *union) alter(req *request) error {
 	for _, b := range u.fs.Branches() {
 		u.cfg.Branches = append(u.cfg.Branches, Branch{b.Path, b.Perm.String()})
 	}
-	return errors.Join(u.setMeta(), u.store(u.st.File()))
+	return errors.Join(u.setMeta(), u.storeLocks())
 }
 
 // resume goes on with what earlier workers served. What cannot go on is ended:
@@ -582,14 +583,16 @@ func (h *host) goOn(it keeper.Item, kept map[uint64]*os.File) (err error) {
 		return fmt.Errorf("%w: %d, and this is %d", errLater, m.Version, Version)
 	}
 	u.cfg = m.Config
-	if len(m.Locks) != len(it.FDs)-2 {
-		return fmt.Errorf("%d locks of %d branches", len(it.FDs)-2, len(m.Locks))
-	}
-	r := &unionfs.Resume{Locks: map[string]*os.File{}}
-	for k, p := range m.Locks {
-		r.Locks[p] = os.NewFile(uintptr(it.FDs[2+k]), filepath.Base(p))
+	r := new(unionfs.Resume)
+	for _, fd := range it.FDs[2:] {
+		r.Locks = append(r.Locks, os.NewFile(uintptr(fd), "lock"))
 	}
 	rep, _, err := u.openEngine(r)
+	for _, f := range r.Locks {
+		if f != nil { // of a branch that was taken away at that moment
+			f.Close()
+		}
+	}
 	if err != nil {
 		return err
 	}
