@@ -65,7 +65,7 @@ func (a *app) command() *cli.Command {
 		Commands: []*cli.Command{
 			a.create(), a.apply(), a.importCommand(),
 			a.mount(), a.umount(),
-			a.diff(), a.changes(), a.copy(), a.rm(),
+			a.diff(), a.changes(), a.copy(), a.send(), a.receive(), a.migrate(), a.rm(),
 			a.ls(), a.show(), a.status(), a.probe(), a.check(),
 			a.demo(),
 		},

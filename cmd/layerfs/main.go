@@ -6,6 +6,8 @@
 //	cd "$(layerfs mount c1)"                  its tree, until layerfs umount c1
 //	layerfs changes c1                        what was changed
 //	layerfs diff -o c1.tar c1                 the same as a layer
+//	layerfs send c1 | ssh host layerfs receive c1
+//	layerfs migrate --to /other --verify c1   a copy of a layer while it is used
 //	layerfs demo                              all of it, measured on this host
 //
 // The layers are below --root, $LAYERFS_ROOT, or a directory of the user. Which

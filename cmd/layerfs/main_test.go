@@ -28,6 +28,7 @@ type shell struct {
 	t      *testing.T
 	root   string
 	driver string
+	opts   []string // of the driver, as in --opt
 	in     io.Reader
 }
 
@@ -78,9 +79,17 @@ func (s *shell) run(args ...string) (code int, out, errs string) {
 
 func (s *shell) runContext(ctx context.Context, args ...string) (code int, out, errs string) {
 	var stdout, stderr bytes.Buffer
-	all := append([]string{"layerfs", "--root", s.root, "--driver", s.driver, "--durability", "none"}, args...)
+	all := append([]string{"layerfs", "--root", s.root, "--driver", s.driver, "--durability", "none"}, s.flags()...)
+	all = append(all, args...)
 	code = run(ctx, all, s.in, &stdout, &stderr)
 	return code, stdout.String(), stderr.String()
+}
+
+func (s *shell) flags() (flags []string) {
+	for _, o := range s.opts {
+		flags = append(flags, "--opt", o)
+	}
+	return flags
 }
 
 // ok runs a command that must succeed and be silent on standard error.

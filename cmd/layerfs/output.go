@@ -130,6 +130,44 @@ func newCopiedJSON(l transfer.Layer) copiedJSON {
 	return copiedJSON{ID: l.ID, From: l.From, Parent: l.Parent, Existed: l.Existed, Verified: l.Verified, Digest: l.Result.Digest, Size: l.Result.Size}
 }
 
+// sentJSON is the result of send -o.
+type sentJSON struct {
+	ID     string `json:"id"`
+	From   string `json:"from"` // the ancestor it is relative to; empty for all of it
+	File   string `json:"file"`
+	Bytes  int64  `json:"bytes"`  // of the file
+	Digest string `json:"digest"` // of the file
+}
+
+// receivedJSON is the result of receive.
+type receivedJSON struct {
+	ID     string `json:"id"`
+	Parent string `json:"parent"`
+	Driver string `json:"driver"` // whose format it was
+	Bytes  int64  `json:"bytes"`  // of the stream
+}
+
+// migratedJSON is the result of migrate.
+type migratedJSON struct {
+	ID       string      `json:"id"`
+	From     string      `json:"from"`
+	Copied   []string    `json:"copied"` // ancestors that were copied too, base first
+	There    []string    `json:"there"`  // ancestors that were there
+	Rounds   []roundJSON `json:"rounds"` // the layer was frozen in the last one
+	Frozen   float64     `json:"frozen"` // seconds
+	Verified bool        `json:"verified"`
+	Digest   string      `json:"digest,omitempty"`   // of the blocks of both, if they were compared
+	Compared int64       `json:"compared,omitempty"` // bytes of blocks
+}
+
+type roundJSON struct {
+	Bytes   int64   `json:"bytes"`
+	Seconds float64 `json:"seconds"`
+}
+
+// seconds is a duration as it was.
+func seconds(s float64) time.Duration { return time.Duration(s * float64(time.Second)) }
+
 // statusJSON is the result of status.
 type statusJSON struct {
 	Root     string           `json:"root"`
