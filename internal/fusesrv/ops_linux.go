@@ -463,6 +463,9 @@ func (s *Server) Tmpfile(_ <-chan struct{}, in *fuse.CreateIn, out *fuse.CreateO
 
 func (s *Server) created(n *unionfs.Node, f *unionfs.File, name string, st *unix.Stat_t, in *fuse.CreateIn, out *fuse.CreateOut) fuse.Status {
 	i := s.entry(n, in.NodeId, name, st, &out.EntryOut)
+	// The first write asks whether it may read an xattr, and so for attributes
+	// that are those just told.
+	out.SetAttrTimeout(attrFresh)
 	if name == "" {
 		s.keep(i, f.FD())
 	}

@@ -115,6 +115,7 @@ type Server struct {
 const (
 	attrLong  = 365 * 24 * time.Hour
 	revalTime = time.Second
+	attrFresh = 20 * time.Millisecond
 	// slowAfter is how long a request may hold the reader before another
 	// one takes its place.
 	slowAfter = 2 * time.Millisecond

@@ -31,7 +31,7 @@ func (fs *FS) getAttr(n *Node, st *unix.Stat_t) error {
 	fs.tabMu.Unlock()
 	if n.IsDir() {
 		if dead && err != nil {
-			*st = last
+			*st = *last
 			return nil
 		}
 		if err != nil {
@@ -57,7 +57,7 @@ func (fs *FS) getAttr(n *Node, st *unix.Stat_t) error {
 	}
 	if dead {
 		if err != nil {
-			*st = last
+			*st = *last
 		}
 		st.Ino, st.Nlink = n.ino, nlinkT(left)
 		return nil

@@ -81,6 +81,25 @@ type counter struct {
 	fs  *FS
 	buf []byte
 	n   map[key]uint32
+	fds int // open in the directories above
+}
+
+// open opens a directory, EMFILE if that would leave none for other calls:
+// whoever made a branch may have made it as deep as a file system can hold.
+func (c *counter) open(fd int, name string) (int, error) {
+	if c.fds >= c.fs.maxFDs {
+		return -1, unix.EMFILE
+	}
+	d, err := openDirAt(fd, name)
+	if err == nil {
+		c.fds++
+	}
+	return d, err
+}
+
+func (c *counter) close(fd int) {
+	unix.Close(fd)
+	c.fds--
 }
 
 type place struct {
@@ -146,7 +165,7 @@ func (c *counter) merged(ps []place) error {
 		var err error
 		for _, k := range at {
 			var fd int
-			if fd, err = openDirAt(ps[k].fd, name); err != nil {
+			if fd, err = c.open(ps[k].fd, name); err != nil {
 				break
 			}
 			sub = append(sub, place{ps[k].br, fd})
@@ -155,7 +174,7 @@ func (c *counter) merged(ps []place) error {
 			err = c.merged(sub)
 		}
 		for _, s := range sub {
-			unix.Close(s.fd)
+			c.close(s.fd)
 		}
 		if err != nil && err != unix.ENOENT && err != unix.ENOTDIR {
 			return err
@@ -168,11 +187,11 @@ func (c *counter) merged(ps []place) error {
 func (c *counter) hidden(fd int, e dirent) error {
 	var st unix.Stat_t
 	if e.typ == unix.DT_DIR {
-		d, err := openDirAt(fd, e.name)
+		d, err := c.open(fd, e.name)
 		if err != nil {
 			return err
 		}
-		defer unix.Close(d)
+		defer c.close(d)
 		return c.whole(d)
 	}
 	if err := fstatat(fd, e.name, &st); err != nil && err != unix.ENOENT {

@@ -70,11 +70,11 @@ type Node struct {
 	br      *Branch // where a non-directory lies
 	key     key
 	plink   *plink
-	orphan  *File       // content of a lower file that lost its names while open
-	files   []*File     // open ones
-	dead    bool        // no known name any more
-	left    uint32      // names a dead non-directory still has
-	last    unix.Stat_t // attributes when it died
+	orphan  *File        // content of a lower file that lost its names while open
+	files   []*File      // open ones
+	dead    bool         // no known name any more
+	left    uint32       // names a dead non-directory still has
+	last    *unix.Stat_t // attributes when it died
 	writers atomic.Int32
 	hashed  bool // in FS.byKey
 	freed   bool

@@ -95,13 +95,14 @@ func (fs *FS) Adopt(fd int, ino uint64) (*Node, error) {
 	fs.stackMu.RLock()
 	defer fs.stackMu.RUnlock()
 	n := fs.newNode(unix.S_IFREG)
-	if err := unix.Fstat(fd, &n.last); err != nil {
+	n.last = new(unix.Stat_t)
+	if err := unix.Fstat(fd, n.last); err != nil {
 		return nil, err
 	}
 	if n.last.Mode&unix.S_IFMT != unix.S_IFREG {
 		return nil, unix.EINVAL
 	}
-	n.ino, n.dead, n.key = ino, true, keyOf(&n.last)
+	n.ino, n.dead, n.key = ino, true, keyOf(n.last)
 	n.br = fs.ownerOf(n.key.dev, fd)
 	f := &File{fs: fs, node: n, fd: fd, br: n.br}
 	f.refs.Store(1)
