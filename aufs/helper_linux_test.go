@@ -1,6 +1,7 @@
 package aufs_test
 
 import (
+	"errors"
 	"fmt"
 	"io"
 	"math/rand/v2"
@@ -304,6 +305,10 @@ func TestWorkerKilledCleanly(t *testing.T) {
 	require.NoError(t, os.WriteFile(h.path+"/f", []byte("x"), 0o644))
 	require.NoError(t, unix.Kill(h.worker(t), unix.SIGKILL))
 	_, err = os.Stat(h.path + "/dir/001")
+	if !errors.Is(err, unix.ECONNABORTED) { // what waited while the connection was ended
+		require.ErrorIs(t, err, unix.ENOTCONN)
+	}
+	_, err = os.Stat(h.path + "/dir/002")
 	require.ErrorIs(t, err, unix.ENOTCONN)
 	d := h.open(t)
 	path, err := d.Get(ctx, "top", nil)

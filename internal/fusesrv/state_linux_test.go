@@ -154,3 +154,20 @@ func FuzzOpenState(f *testing.F) {
 		require.NoError(t, s.Close())
 	})
 }
+
+// BenchmarkState is what a file that comes and goes costs: a record made, its
+// counter changed, and deleted.
+func BenchmarkState(b *testing.B) {
+	s, err := NewState()
+	require.NoError(b, err)
+	defer s.Close()
+	var head [savedHead]byte
+	for i := uint64(0); b.Loop(); i++ {
+		s.put(kindInode, i, 1, head[:], "a-name-of-a-file")
+		s.count(kindInode, i, 2)
+		if i >= 1000 {
+			s.del(kindInode, i-1000)
+		}
+	}
+	require.NoError(b, s.Err())
+}

@@ -552,7 +552,11 @@ func (h *host) resume(items []keeper.Item) error {
 			return err
 		}
 		if err != nil {
-			h.log.Error("go on", "union", it.Name, "err", err)
+			level := slog.LevelError
+			if errors.Is(err, fusesrv.ErrNoResend) {
+				level = slog.LevelWarn // it is what such a kernel can do
+			}
+			h.log.Log(context.Background(), level, "go on", "union", it.Name, "err", err)
 			if err := fusesrv.Abort(it.Conn); err != nil {
 				h.log.Error("abort", "err", err)
 			}
