@@ -55,7 +55,7 @@ func (m *mechanism) nativeChanges(ctx context.Context, chain lifecycle.Chain, ba
 	}
 	suspects := newSuspect()
 	for i := range base {
-		changes, err := m.step(ctx, chain[i].ID, chain[i+1].ID)
+		changes, err := m.step(ctx, chain[i], chain[i+1].ID)
 		if err != nil {
 			if cause := context.Cause(ctx); cause != nil {
 				return nil, cause
@@ -90,16 +90,17 @@ func (m *mechanism) walkAll(ctx context.Context, chain lifecycle.Chain, base int
 }
 
 // step asks zfs what a layer changes against its parent.
-func (m *mechanism) step(ctx context.Context, id, parent string) ([]change, error) {
-	rows, err := m.tool.rows(ctx, 1, "get", "-H", "-o", "value", "origin", m.dataset(id))
-	if err != nil {
-		return nil, err
-	}
-	if len(rows) != 1 {
-		return nil, fmt.Errorf("zfs printed %d origins", len(rows))
-	}
-	if of, _, ok := splitSnapshot(rows[0][0]); !ok || of != m.dataset(parent) {
-		return nil, fmt.Errorf("%s was cloned from %s, not from its parent", m.dataset(id), rows[0][0])
+func (m *mechanism) step(ctx context.Context, rec *lifecycle.Record, parent string) ([]change, error) {
+	id, origin := rec.ID, m.dataset(parent)+"@"+backendOf(rec).Snapshot
+	if backendOf(rec).Snapshot == "" {
+		// A clone of another layer gets that one's origin when it goes.
+		var err error
+		if origin, err = m.origin(ctx, id); err != nil {
+			return nil, err
+		}
+		if of, _, ok := splitSnapshot(origin); !ok || of != m.dataset(parent) {
+			return nil, fmt.Errorf("%s was cloned from %s, not from its parent", m.dataset(id), origin)
+		}
 	}
 	list, err := mount.Under("/")
 	if err != nil {
@@ -114,7 +115,19 @@ func (m *mechanism) step(ctx context.Context, id, parent string) ([]change, erro
 			places = append(places, info.Mountpoint)
 		}
 	}
-	return m.diff(ctx, rows[0][0], m.dataset(id), places)
+	return m.diff(ctx, origin, m.dataset(id), places)
+}
+
+// origin returns the snapshot that a layer's dataset is a clone of, or "-".
+func (m *mechanism) origin(ctx context.Context, id string) (string, error) {
+	rows, err := m.tool.rows(ctx, 1, "get", "-H", "-o", "value", "origin", m.dataset(id))
+	if err != nil {
+		return "", err
+	}
+	if len(rows) != 1 {
+		return "", fmt.Errorf("zfs printed %d origins", len(rows))
+	}
+	return rows[0][0], nil
 }
 
 // checkLinks declines if a file with several names was modified: zfs knows it

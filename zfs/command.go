@@ -63,6 +63,10 @@ const (
 	textMounted = "already mounted"
 )
 
+// errLeft says that a program did not end and was left behind. What it was to
+// do may happen any time later.
+var errLeft = errors.New("it is left behind")
+
 // ErrSuspended says that the pool does not answer until an administrator has
 // repaired its devices and called zpool clear.
 var ErrSuspended = errors.New("pool is suspended")
@@ -124,13 +128,13 @@ func (t *tool) pipe(ctx context.Context, in io.Reader, out io.Writer, program st
 				return context.Cause(ctx)
 			}
 			// stderr still belongs to the process.
-			return fmt.Errorf("%w; %s does not end and is left behind", context.Cause(ctx), program)
+			return fmt.Errorf("%w; %s does not end: %w", context.Cause(ctx), program, errLeft)
 		case <-look.C:
 			if !t.suspended() {
 				continue
 			}
-			abandon(cmd, done)
-			return fmt.Errorf("%s %s: pool %s: %w", program, strings.Join(args, " "), t.pool, ErrSuspended)
+			abandon(cmd, done) // to be told as left behind even if it has ended: it may have done its work
+			return fmt.Errorf("%s %s: pool %s: %w; %w", program, strings.Join(args, " "), t.pool, ErrSuspended, errLeft)
 		}
 	}
 }
@@ -150,13 +154,28 @@ func abandon(cmd *exec.Cmd, done <-chan error) bool {
 
 // suspended reports whether the pool is known to be suspended.
 func (t *tool) suspended() bool {
-	ctx, cancel := context.WithTimeout(context.Background(), grace)
-	defer cancel()
-	cmd := exec.CommandContext(ctx, t.zpool, "list", "-H", "-o", "health", t.pool)
+	// OpenZFS tells it without a call that may itself wait for the pool:
+	// spa_state_init, module/zfs/spa_stats.c, 0.8.
+	state, err := os.ReadFile("/proc/spl/kstat/zfs/" + t.pool + "/state")
+	if err == nil {
+		return strings.TrimSpace(string(state)) == "SUSPENDED"
+	}
+	var out bytes.Buffer
+	cmd := exec.Command(t.zpool, "list", "-H", "-o", "health", t.pool)
 	cmd.Env = append(os.Environ(), "LC_ALL=C")
-	cmd.WaitDelay = grace
-	out, err := cmd.Output()
-	return err == nil && strings.TrimSpace(string(out)) == "SUSPENDED"
+	cmd.Stdout = &out
+	if cmd.Start() != nil {
+		return false
+	}
+	done := make(chan error, 1)
+	go func() { done <- cmd.Wait() }()
+	select {
+	case err := <-done:
+		return err == nil && strings.TrimSpace(out.String()) == "SUSPENDED"
+	case <-time.After(grace):
+		abandon(cmd, done)
+		return false
+	}
 }
 
 // find returns the path of a program. Administrators' programs are not in

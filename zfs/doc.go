@@ -14,11 +14,17 @@
 //	                             what the children of ID are cloned from; marked
 //	                             for deferred destruction, so it goes with the
 //	                             last of them. HASH is of the first child's id
+//	PARENT/ID@layerfs-now-RANDOM
+//	                             for as long as Send or BlockDiff reads ID
 //	ROOT/zfs/graph/ID            where Get mounts a layer
 //	ROOT/zfs/.layerfs            records, locks
 //	ROOT/zfs/.layerfs/zfs.json   the parent dataset and the mark of this root
-//	ROOT/zfs/.layerfs/views      private mounts for Diff and Changes, one
-//	                             directory for each open driver
+//	ROOT/zfs/.layerfs/views      private mounts for Diff and Changes, and notes
+//	                             that name the snapshots of Send and BlockDiff;
+//	                             one directory for each open driver
+//	ROOT/zfs/.layerfs/received/ID
+//	                             the snapshot that ID was received as, until
+//	                             the layer is written
 //	ROOT/zfs/.layerfs/stage/ID   where the zfs-fuse daemon mounts a layer before
 //	                             it is shown elsewhere
 //
@@ -38,9 +44,23 @@
 // files with several names are the one thing it cannot tell, because it knows
 // a file by one name: such a layer is walked.
 //
+// # Streams
+//
+// Send, Receive and BlockDiff are "zfs send" and "zfs receive". Snapshots that
+// children were cloned from are what streams are relative to; a child that was
+// removed and made again is another snapshot.
+//
+// # Failures
+//
+// A pool that is suspended answers no call: each fails with [ErrSuspended] after
+// some seconds, and the process that waits in the kernel is left behind. What it
+// does when the pool lives again is undone by the next New, or by the next
+// Create of the same layer.
+//
 // # Sources
 //
-// zfs-create(8), zfs-clone(8), zfs-destroy(8), zfs-diff(8), zfsprops(7) of
-// OpenZFS 2.1; lib/libzfs/libzfs_diff.c and module/os/linux/zfs/zpl_super.c of
-// the same; zfs(8) of zfs-fuse 0.7.
+// zfs-create(8), zfs-clone(8), zfs-destroy(8), zfs-diff(8), zfs-send(8),
+// zfs-program(8), zfsprops(7) of OpenZFS 2.1; lib/libzfs/libzfs_diff.c,
+// include/sys/zfs_ioctl.h and module/os/linux/zfs/zpl_super.c of the same;
+// zfs(8) of zfs-fuse 0.7.
 package zfs

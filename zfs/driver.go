@@ -24,7 +24,8 @@ type frame = lifecycle.Driver
 
 // Driver keeps layers as ZFS file systems. It implements [layerfs.Driver],
 // [layerfs.QuotaSetter], [layerfs.LabelSetter], [layerfs.Rollbacker],
-// [layerfs.Cloner], [layerfs.Checker] and [layerfs.Repairer].
+// [layerfs.Cloner], [layerfs.Checker] and [layerfs.Repairer], and on Linux
+// [layerfs.BlockDiffer].
 type Driver struct {
 	*frame
 	m *mechanism
@@ -53,6 +54,7 @@ type mechanism struct {
 	features layerfs.Features
 	views    *views
 	serial   atomic.Uint64
+	listed   atomic.Pointer[map[string]bool] // layers that Stored found last
 }
 
 // name is what errors and Status call the driver.
@@ -180,22 +182,26 @@ func (m *mechanism) configure(ctx context.Context) (config, error) {
 		return conf, err
 	}
 	m.parent, m.root, m.tool.pool = conf.Dataset, conf.Root, poolOf(conf.Dataset)
-	if _, err := m.tool.run(ctx, "list", "-H", "-t", "filesystem", "-o", "name", m.parent); err != nil {
-		if c, ok := errors.AsType[*CommandError](err); ok {
-			// No module, no daemon or no dataset: none can be told from
-			// another by the exit status.
-			return conf, &layerfs.UnsupportedError{Feature: name, Reason: c.Error()}
-		}
-		return conf, err
-	}
 	if !made {
-		return conf, nil
+		return conf, nil // the list of layers shows whether it is there
+	}
+	if _, err := m.tool.run(ctx, "list", "-H", "-t", "filesystem", "-o", "name", m.parent); err != nil {
+		return conf, unusable(err)
 	}
 	err = m.saveConfig(conf, os.Link)
 	if errors.Is(err, fs.ErrExist) {
 		return m.configure(ctx)
 	}
 	return conf, err
+}
+
+// unusable is the error of New if zfs does not even list the parent: no module,
+// no daemon or no dataset. None can be told from another by the exit status.
+func unusable(err error) error {
+	if c, ok := errors.AsType[*CommandError](err); ok {
+		return &layerfs.UnsupportedError{Feature: name, Reason: c.Error()}
+	}
+	return err
 }
 
 func (m *mechanism) loadConfig() (conf config, err error) {

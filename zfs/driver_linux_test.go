@@ -191,9 +191,7 @@ func TestDatasetOfMount(t *testing.T) {
 	root := filepath.Join(dir, "sub", "root")
 	require.NoError(t, os.MkdirAll(root, 0o755))
 	found, err := datasetAt(root)
-	if err != nil { // -o mountpoint is given twice where the last one counts
-		t.Fatal(err)
-	}
+	require.NoError(t, err)
 	assert.Equal(t, datasetOf(dir), found)
 	mustCommand(t, "zfs", "unmount", dir)
 	_, err = New(filepath.Join(t.TempDir(), "elsewhere"), nil)

@@ -4,6 +4,8 @@ package zfs
 
 import (
 	"bufio"
+	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -75,10 +77,21 @@ func (m *mechanism) build(ctx context.Context, rec *lifecycle.Record, dataset fu
 	var u undo.Stack
 	defer u.Run(&err)
 	path := m.Path(rec.ID)
-	if err := os.Mkdir(path, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
+	switch err := os.Mkdir(path, 0o700); {
+	case errors.Is(err, fs.ErrExist) && backendOf(rec).Snapshot == "":
+		// A creation crashed, or its call was left behind.
+		if err := m.dropSnapshots(ctx, rec.ID); err != nil {
+			return err
+		}
+	case err != nil && !errors.Is(err, fs.ErrExist):
 		return err
 	}
-	u.Push(func() error { return removeDir(path) })
+	u.Push(func() error {
+		if errors.Is(err, errLeft) {
+			return nil // New sees by it that there may be something to undo
+		}
+		return removeDir(path)
+	})
 	props := m.properties(rec)
 	err = dataset(props)
 	if says(err, textExists) {
@@ -124,9 +137,17 @@ func (m *mechanism) properties(rec *lifecycle.Record) []string {
 }
 
 // cloneParent clones a layer's dataset from its parent, which is frozen.
+//
+// A layer that is made anew by Rollback gets a snapshot of the name it had, as
+// its record stays.
 func (m *mechanism) cloneParent(ctx context.Context, rec *lifecycle.Record, props []string) error {
-	if snap := m.sibling(rec); snap != "" {
+	had := backendOf(rec).Snapshot
+	if snap := cmp.Or(had, m.sibling(rec)); snap != "" {
 		_, err := m.tool.run(ctx, slices.Concat([]string{"clone"}, props, []string{m.dataset(rec.Parent) + "@" + snap, m.dataset(rec.ID)})...)
+		if err == nil && had != "" {
+			// A crash of an earlier Rollback may have left it as it was taken.
+			err = m.dropSnapshot(ctx, m.dataset(rec.Parent)+"@"+snap)
+		}
 		if err == nil {
 			return keep(rec, snap)
 		}
@@ -135,10 +156,17 @@ func (m *mechanism) cloneParent(ctx context.Context, rec *lifecycle.Record, prop
 		}
 		// The sibling and its snapshot went since.
 	}
-	snap, err := m.cloneOf(ctx, rec, m.dataset(rec.Parent), props)
+	full, err := newSnapshot(m.dataset(rec.Parent), rec.ID)
 	if err != nil {
 		return err
 	}
+	if had != "" {
+		full = m.dataset(rec.Parent) + "@" + had
+	}
+	if err := m.cloneOf(ctx, rec, full, props); err != nil {
+		return err
+	}
+	_, snap, _ := splitSnapshot(full)
 	return keep(rec, snap)
 }
 
@@ -171,35 +199,21 @@ func (m *mechanism) sibling(rec *lifecycle.Record) string {
 	return ""
 }
 
-// cloneOf snapshots a dataset, makes a layer of it and leaves the snapshot to
-// the clone.
-func (m *mechanism) cloneOf(ctx context.Context, rec *lifecycle.Record, from string, props []string) (snap string, err error) {
-	full, err := newSnapshot(from, rec.ID)
-	if err != nil {
-		return "", err
-	}
-	drop := func() error {
-		_, err := m.tool.run(context.WithoutCancel(ctx), "destroy", "-d", full)
-		if says(err, textMissing) {
-			return nil
-		}
-		return err
-	}
+// cloneOf takes a snapshot, makes a layer of it and leaves the snapshot to the
+// clone.
+func (m *mechanism) cloneOf(ctx context.Context, rec *lifecycle.Record, full string, props []string) (err error) {
 	var u undo.Stack
 	defer u.Run(&err)
-	u.Push(drop) // before: a killed zfs may have taken it
+	u.Push(func() error { return m.dropSnapshot(context.WithoutCancel(ctx), full) }) // before: a killed zfs may have taken it
 	if _, err := m.tool.run(ctx, "snapshot", full); err != nil {
-		return "", err
+		return err
 	}
 	if _, err := m.tool.run(ctx, slices.Concat([]string{"clone"}, props, []string{full, m.dataset(rec.ID)})...); err != nil {
-		return "", err
+		return err
 	}
 	u.Push(func() error { return m.destroy(context.WithoutCancel(ctx), rec.ID) })
-	if _, err := m.tool.run(ctx, "destroy", "-d", full); err != nil {
-		return "", err
-	}
-	_, snap, _ = splitSnapshot(full)
-	return snap, nil
+	_, err = m.tool.run(ctx, "destroy", "-d", full)
+	return err
 }
 
 // Delete removes the dataset of a layer, and what a crash of its creation left
@@ -208,8 +222,14 @@ func (m *mechanism) Delete(ctx context.Context, rec *lifecycle.Record) error {
 	if err := m.destroy(ctx, rec.ID); err != nil {
 		return err
 	}
-	for _, dir := range []string{m.Path(rec.ID), m.stage(rec.ID)} {
+	for _, dir := range []string{m.Path(rec.ID), m.stage(rec.ID), m.state("received", rec.ID)} {
 		if err := removeDir(dir); err != nil {
+			return err
+		}
+	}
+	if b := backendOf(rec); rec.Incomplete != "" && b.Snapshot != "" {
+		// A Rollback may have ended between the snapshot and the clone.
+		if err := m.dropSnapshot(ctx, m.dataset(rec.Parent)+"@"+b.Snapshot); err != nil {
 			return err
 		}
 	}
@@ -222,7 +242,7 @@ func (m *mechanism) Delete(ctx context.Context, rec *lifecycle.Record) error {
 	return m.dropSnapshots(ctx, rec.ID)
 }
 
-// removeDir removes an empty directory; its absence is fine.
+// removeDir removes a file or an empty directory; its absence is fine.
 func removeDir(path string) error {
 	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
@@ -244,17 +264,30 @@ func (m *mechanism) dropSnapshots(ctx context.Context, id string) error {
 		if !ok || row[1] != markOf(m.root, layer) || !strings.HasPrefix(snap, snapshotsFor(id)) {
 			continue
 		}
-		if _, err := m.tool.run(ctx, "destroy", "-d", row[0]); err != nil && !says(err, textMissing) {
+		if err := m.dropSnapshot(ctx, row[0]); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
+// dropSnapshot destroys a snapshot, now or with the last clone of it.
+func (m *mechanism) dropSnapshot(ctx context.Context, full string) error {
+	_, err := m.tool.run(ctx, "destroy", "-d", full)
+	if says(err, textMissing) {
+		return nil
+	}
+	return err
+}
+
 // destroy destroys the dataset of a layer; none is no error. Layers that were
 // cloned from it, which are not its children, get its history.
 func (m *mechanism) destroy(ctx context.Context, id string) error {
 	ds := m.dataset(id)
+	done, err := m.destroyAtOnce(ctx, id)
+	if done || err != nil {
+		return err
+	}
 	rows, err := m.tool.rows(ctx, 1, "get", "-H", "-o", "value", propLayer, ds)
 	if says(err, textMissing) {
 		return nil
@@ -263,7 +296,7 @@ func (m *mechanism) destroy(ctx context.Context, id string) error {
 		return err
 	}
 	if len(rows) != 1 || rows[0][0] != markOf(m.root, id) {
-		return fmt.Errorf("%s: %w: %w", ds, layerfs.ErrExist, errForeign)
+		return m.foreign(id)
 	}
 	err = m.patiently(ctx, func() error {
 		_, err := m.tool.run(ctx, "destroy", ds)
@@ -284,6 +317,47 @@ func (m *mechanism) destroy(ctx context.Context, id string) error {
 		_, err := m.tool.run(ctx, "destroy", ds)
 		return err
 	})
+}
+
+func (m *mechanism) foreign(id string) error {
+	return fmt.Errorf("%s: %w: %w", m.dataset(id), layerfs.ErrExist, errForeign)
+}
+
+// destroyProgram destroys a dataset if it has the layer's mark, in one
+// transaction: zfs-program(8). It returns what destroying it returns, 0 or an
+// error number.
+const destroyProgram = `local ds, mark = (...)["argv"][1], (...)["argv"][2]
+if not zfs.exists(ds) then return "none" end
+if zfs.get_prop(ds, "` + propLayer + `") ~= mark then return "foreign" end
+return zfs.sync.destroy(ds)
+`
+
+// destroyAtOnce destroys the dataset of a layer by one call. It reports false if
+// this zfs has no programs, or if something is in the way, which the ordinary
+// calls deal with or name.
+func (m *mechanism) destroyAtOnce(ctx context.Context, id string) (bool, error) {
+	if m.facts.Program != "" {
+		return false, nil
+	}
+	var out bytes.Buffer
+	err := m.tool.pipe(ctx, strings.NewReader(destroyProgram), &out, m.tool.zfs,
+		"program", "-j", m.tool.pool, "-", m.dataset(id), markOf(m.root, id))
+	if err != nil {
+		return false, err
+	}
+	var answer struct {
+		Return any `json:"return"`
+	}
+	if err := json.Unmarshal(out.Bytes(), &answer); err != nil {
+		return false, fmt.Errorf("zfs program printed %q: %w", out.Bytes(), err)
+	}
+	switch answer.Return {
+	case "none", 0.:
+		return true, nil
+	case "foreign":
+		return false, m.foreign(id)
+	}
+	return false, nil
 }
 
 // release makes that nothing depends on a dataset: its clones are promoted and
@@ -316,7 +390,7 @@ func (m *mechanism) release(ctx context.Context, ds string) error {
 		if row[0] == ds {
 			continue
 		}
-		if _, err := m.tool.run(ctx, "destroy", "-d", row[0]); err != nil && !says(err, textMissing) {
+		if err := m.dropSnapshot(ctx, row[0]); err != nil {
 			return err
 		}
 	}
@@ -348,9 +422,14 @@ func (m *mechanism) cloneFrom(ctx context.Context, ds string) (string, error) {
 func (m *mechanism) Stored(ctx context.Context) ([]string, error) {
 	rows, err := m.tool.rows(ctx, 2, "list", "-H", "-r", "-d", "1", "-t", "filesystem", "-o", "name,"+propLayer, m.parent)
 	if err != nil {
-		return nil, err
+		return nil, unusable(err)
 	}
 	ids := marked(rows, m.parent, m.root)
+	there := make(map[string]bool, len(ids))
+	for _, id := range ids {
+		there[id] = true
+	}
+	m.listed.Store(&there)
 	builds, err := m.dir.Builds()
 	if err != nil {
 		return nil, err
@@ -367,8 +446,13 @@ func (m *mechanism) Stored(ctx context.Context) ([]string, error) {
 	return slices.Compact(ids), nil
 }
 
-// Find reports what of a layer is missing.
+// Find reports what of a layer is missing. A Check lists the datasets before it
+// looks for each layer's, so that only those that were not in the list cost a
+// call.
 func (m *mechanism) Find(ctx context.Context, rec *lifecycle.Record) error {
+	if there := m.listed.Load(); there != nil && (*there)[rec.ID] {
+		return nil
+	}
 	rows, err := m.tool.rows(ctx, 1, "get", "-H", "-o", "value", propLayer, m.dataset(rec.ID))
 	if err != nil {
 		return err
@@ -387,6 +471,9 @@ func (m *mechanism) Apply(ctx context.Context, chain lifecycle.Chain, r io.Reade
 		return res, err
 	}
 	rec := chain.Layer()
+	if err := m.forget(ctx, rec.ID); err != nil {
+		return res, err
+	}
 	view, err := m.private(ctx, rec, false)
 	if err != nil {
 		return res, err
@@ -495,10 +582,11 @@ func (d *Driver) Clone(ctx context.Context, id, from string, opts *layerfs.Creat
 		if err := syncMount(d.m.Path(src.ID)); err != nil {
 			return err
 		}
-		return d.m.build(ctx, rec, func(props []string) error {
-			_, err := d.m.cloneOf(ctx, rec, d.m.dataset(src.ID), props)
+		full, err := newSnapshot(d.m.dataset(src.ID), rec.ID)
+		if err != nil {
 			return err
-		})
+		}
+		return d.m.build(ctx, rec, func(props []string) error { return d.m.cloneOf(ctx, rec, full, props) })
 	})
 }
 
@@ -509,8 +597,9 @@ func (d *Driver) Rollback(ctx context.Context, id string) error {
 		if err := d.m.destroy(ctx, id); err != nil {
 			return err
 		}
-		// The record stays: the snapshot of its creation may be gone, and a
-		// child without one only costs the next child two calls more.
+		if err := d.m.forgetName(id); err != nil {
+			return err
+		}
 		return d.m.make(ctx, chain.Layer().Clone())
 	})
 }

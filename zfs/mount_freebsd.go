@@ -63,6 +63,11 @@ func datasetAt(path string) (string, error) {
 
 // Mount shows a layer at its path.
 func (m *mechanism) Mount(ctx context.Context, chain lifecycle.Chain, mode lifecycle.Mode) error {
+	if !mode.ReadOnly {
+		if err := m.forget(ctx, chain.Layer().ID); err != nil {
+			return err
+		}
+	}
 	return m.show(ctx, chain.Layer(), m.Path(chain.Layer().ID), mode)
 }
 

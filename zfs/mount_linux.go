@@ -6,9 +6,11 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
+	"github.com/moby/sys/mountinfo"
 	"golang.org/x/sys/unix"
 
 	"github.com/layerfs/layerfs"
@@ -74,6 +76,11 @@ func datasetAt(path string) (string, error) {
 
 // Mount shows a layer at its path.
 func (m *mechanism) Mount(ctx context.Context, chain lifecycle.Chain, mode lifecycle.Mode) error {
+	if !mode.ReadOnly {
+		if err := m.forget(ctx, chain.Layer().ID); err != nil {
+			return err
+		}
+	}
 	return m.show(ctx, chain.Layer(), m.Path(chain.Layer().ID), mode)
 }
 
@@ -181,7 +188,7 @@ func (m *mechanism) mountByDaemon(ctx context.Context, id string) error {
 }
 
 // settle is how long the zfs-fuse daemon may take to notice an unmount.
-const settle = 30 * time.Millisecond
+const settle = 2 * time.Second
 
 // daemonDir is where the zfs-fuse daemon has its socket.
 const daemonDir = "/var/run/zfs"
@@ -243,11 +250,10 @@ func (m *mechanism) mountedAt(ds string) ([]string, error) {
 func (m *mechanism) hide(path string) error {
 	unlock := m.oneAtATime()
 	defer unlock()
+	noticed := m.watchDaemon(path)
 	err := mount.UnmountNow(path)
-	if err == nil && !m.facts.Kernel {
-		// The daemon notices the end of a mount on its own, and must have done
-		// so before the next one.
-		time.Sleep(settle)
+	if err == nil {
+		noticed()
 	}
 	if errors.Is(err, unix.EBUSY) {
 		err = mount.Unmount(path)
@@ -256,6 +262,59 @@ func (m *mechanism) hide(path string) error {
 		return nil
 	}
 	return err
+}
+
+// watchDaemon is called before the unmount of a file system that the zfs-fuse
+// daemon serves, and returns a function that waits until the daemon has noticed
+// it. The daemon does so on its own; a mount that it is asked for before may
+// never be served.
+func (m *mechanism) watchDaemon(path string) (wait func()) {
+	if m.facts.Kernel {
+		return func() {}
+	}
+	source := ""
+	shown := func(fn func(mountinfo.Info) bool) bool {
+		list, err := mount.Under("/")
+		return err == nil && slices.ContainsFunc(list, fn)
+	}
+	shown(func(i mountinfo.Info) bool {
+		if i.Mountpoint == path {
+			source = i.Source
+		}
+		return false // the last one is on top
+	})
+	before := daemonFiles()
+	return func() {
+		for end := time.Now().Add(settle); time.Now().Before(end); time.Sleep(2 * time.Millisecond) {
+			if daemonFiles() < before || shown(func(i mountinfo.Info) bool { return i.Source == source && isZFS(i.FSType) }) {
+				return
+			}
+		}
+	}
+}
+
+// daemonFiles counts the file systems that zfs-fuse daemons serve, each by an
+// open file.
+func daemonFiles() (n int) {
+	comms, err := filepath.Glob("/proc/[0-9]*/comm")
+	if err != nil {
+		return 0
+	}
+	for _, comm := range comms {
+		if name, err := os.ReadFile(comm); err != nil || string(name) != "zfs-fuse\n" {
+			continue
+		}
+		files, err := filepath.Glob(filepath.Dir(comm) + "/fd/*")
+		if err != nil {
+			continue
+		}
+		for _, f := range files {
+			if to, err := os.Readlink(f); err == nil && to == "/dev/fuse" {
+				n++
+			}
+		}
+	}
+	return n
 }
 
 // Unmount undoes Mount.

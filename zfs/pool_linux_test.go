@@ -1,9 +1,8 @@
 package zfs
 
 import (
+	"bytes"
 	"context"
-	"crypto/sha256"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -74,10 +73,15 @@ func makePool() (name string, destroy func() error, err error) {
 	name = "layerfs" + strconv.Itoa(os.Getpid())
 	file := filepath.Join(poolDir(), name)
 	if err := os.WriteFile(file, nil, 0o600); err == nil {
-		err = os.Truncate(file, 2<<30)
+		err = os.Truncate(file, 1<<30)
 	}
 	if err == nil {
-		_, err = command("zpool", "create", "-f", "-o", "cachefile=none", "-o", "ashift=12", "-O", "mountpoint=none", "-O", "canmount=off", name, file)
+		args := []string{"create", "-f", "-o", "cachefile=none", "-o", "ashift=12", "-O", "mountpoint=none", "-O", "canmount=off"}
+		if kernelMounts() {
+			// Each transaction group is cheaper without: most of the time goes there.
+			args = append(args, "-o", "feature@log_spacemap=disabled", "-O", "sync=disabled")
+		}
+		_, err = command("zpool", append(args, name, file)...)
 	}
 	if err != nil {
 		return "", nil, errors.Join(err, os.Remove(file), release())
@@ -211,21 +215,35 @@ func stopDaemon() error {
 	return fmt.Errorf("zfs-fuse %d does not end", pid)
 }
 
-// command runs a program of the test itself.
+// command runs a program of the test itself. One that waits for a suspended pool
+// cannot be killed and is left behind.
 func command(name string, args ...string) (string, error) {
 	path, err := find(name, "")
 	if err != nil {
 		return "", err
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
-	defer cancel()
-	cmd := exec.CommandContext(ctx, path, args...)
+	cmd := exec.Command(path, args...)
 	cmd.Env = append(os.Environ(), "LC_ALL=C")
-	out, err := cmd.CombinedOutput()
-	if err != nil {
-		return string(out), fmt.Errorf("%s %s: %w: %s", name, strings.Join(args, " "), err, strings.TrimSpace(string(out)))
+	var out bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &out, &out
+	if err := cmd.Start(); err != nil {
+		return "", err
 	}
-	return string(out), nil
+	done := make(chan error, 1)
+	go func() { done <- cmd.Wait() }()
+	text := name + " " + strings.Join(args, " ")
+	select {
+	case err = <-done:
+	case <-time.After(time.Minute):
+		if !abandon(cmd, done) {
+			return "", fmt.Errorf("%s does not end", text)
+		}
+		err = context.DeadlineExceeded
+	}
+	if err != nil {
+		return out.String(), fmt.Errorf("%s: %w: %s", text, err, strings.TrimSpace(out.String()))
+	}
+	return out.String(), nil
 }
 
 func mustCommand(tb testing.TB, name string, args ...string) string {
@@ -251,7 +269,7 @@ func requirePool(tb testing.TB) string {
 	return pool
 }
 
-// newRoot returns a root directory that has a dataset of its own, see
+// newRootDir returns a root directory that has a dataset of its own, see
 // datasetOf.
 func newRootDir(tb testing.TB) string {
 	tb.Helper()
@@ -264,26 +282,88 @@ func newRootDir(tb testing.TB) string {
 	return root
 }
 
+// giveDataset makes a dataset for a root, which is destroyed after the test. It is
+// not mounted unless props say so.
 func giveDataset(tb testing.TB, root string, props ...string) {
 	tb.Helper()
-	ds := datasetOf(root)
-	mustCommand(tb, "zfs", slices.Concat([]string{"create", "-o", "mountpoint=none"}, props, []string{ds})...)
-	tb.Cleanup(func() {
-		var err error
-		for range 50 {
-			if _, err = command("zfs", "destroy", "-r", ds); err == nil {
-				return
-			}
-			time.Sleep(100 * time.Millisecond)
+	ds := os.Getenv(poolEnv) + "/" + random()
+	if len(props) == 0 {
+		props = []string{"-o", "mountpoint=none"}
+	}
+	mustCommand(tb, "zfs", slices.Concat([]string{"create"}, props, []string{ds})...)
+	assign(tb, root, ds)
+	tb.Cleanup(func() { mustDestroy(tb, ds) })
+}
+
+func assign(tb testing.TB, root, ds string) {
+	tb.Helper()
+	if err := os.WriteFile(root+".dataset", []byte(ds), 0o600); err != nil {
+		tb.Fatal(err)
+	}
+}
+
+func mustDestroy(tb testing.TB, ds string) {
+	tb.Helper()
+	var err error
+	for range 50 {
+		if _, err = command("zfs", "destroy", "-r", ds); err == nil {
+			return
 		}
-		tb.Error(err)
-	})
+		time.Sleep(100 * time.Millisecond)
+	}
+	tb.Error(err)
 }
 
 // datasetOf is the dataset of a test's root, also in another process.
 func datasetOf(root string) string {
-	sum := sha256.Sum256([]byte(root))
-	return os.Getenv(poolEnv) + "/" + hex.EncodeToString(sum[:8])
+	b, err := os.ReadFile(root + ".dataset")
+	if err != nil {
+		return "no dataset was made for " + root
+	}
+	return string(b)
+}
+
+// reuse lends datasets to tests that leave them as they got them, which is
+// cheaper than making one for each. What is left in one fails the test.
+type reuse struct {
+	mu   sync.Mutex
+	free []string // guarded by mu
+}
+
+func (r *reuse) newRootDir(tb testing.TB) string {
+	tb.Helper()
+	requirePool(tb)
+	root := filepath.Join(tb.TempDir(), "root")
+	if err := os.Mkdir(root, 0o755); err != nil {
+		tb.Fatal(err)
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	ds := ""
+	if n := len(r.free); n > 0 {
+		ds, r.free = r.free[n-1], r.free[:n-1]
+	} else {
+		ds = os.Getenv(poolEnv) + "/" + random()
+		mustCommand(tb, "zfs", "create", "-o", "mountpoint=none", ds)
+	}
+	assign(tb, root, ds)
+	tb.Cleanup(func() { r.giveBack(tb, ds) })
+	return root
+}
+
+func (r *reuse) giveBack(tb testing.TB, ds string) {
+	tb.Helper()
+	left, err := command("zfs", "list", "-H", "-r", "-t", "filesystem,snapshot,volume", "-o", "name", ds)
+	if err == nil && strings.TrimSpace(left) == ds {
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		r.free = append(r.free, ds)
+		return
+	}
+	if !tb.Failed() {
+		tb.Errorf("datasets are left: %q, %v", left, err)
+	}
+	mustDestroy(tb, ds)
 }
 
 // prober finds the facts once for all tests of a process: the pool is the same.

@@ -22,6 +22,7 @@ type facts struct {
 	Properties map[string]string `json:"properties,omitempty"` // that keep everything a file has
 	Objects    int64             `json:"objects"`              // that an empty file system counts besides its root
 	Diff       string            `json:"diff,omitempty"`
+	Program    string            `json:"program,omitempty"`
 	Xattrs     string            `json:"xattrs,omitempty"`
 	Devices    string            `json:"devices,omitempty"`
 	IDMap      string            `json:"idmap,omitempty"`
@@ -44,6 +45,7 @@ func probe(ctx context.Context, m *mechanism) (f facts, err error) {
 	}
 	defer unlock()
 	f.Kernel = kernelMounts()
+	f.Program = reason(m.probeProgram(ctx))
 	m.facts = f
 	id := probeName + m.root
 	if err := m.destroy(ctx, id); err != nil { // a crash's
@@ -97,6 +99,16 @@ func (m *mechanism) probeCreate(ctx context.Context, rec *lifecycle.Record) erro
 	}
 	m.facts.Properties = nil
 	return m.make(ctx, rec)
+}
+
+// probeProgram makes sure that zfs runs the program that destroys a layer, with
+// one that does not exist.
+func (m *mechanism) probeProgram(ctx context.Context) error {
+	done, err := m.destroyAtOnce(ctx, probeName+"none")
+	if err == nil && !done {
+		err = errors.New("zfs program does not tell that a dataset does not exist")
+	}
+	return err
 }
 
 // oddName has what zfs diff escapes, and a digit behind it, so that three and

@@ -19,7 +19,7 @@ import (
 )
 
 // views is the directory in which an open driver has its private mounts,
-// views/NAME/SERIAL.ID. Its lock, views/NAME.lock, lasts as long as the driver,
+// views/NAME/SERIAL.ID, and notes of its snapshots, named alike. Its lock, views/NAME.lock, lasts as long as the driver,
 // so that another can tell what a crash left.
 type views struct {
 	dir  string
@@ -117,7 +117,7 @@ func (m *mechanism) clearStage(ctx context.Context) error {
 	if err := os.MkdirAll(m.state("stage"), 0o700); err != nil {
 		return err
 	}
-	if err := m.clearDir(m.state("stage"), func(name string) string { return name }); err != nil {
+	if err := m.clearDir(ctx, m.state("stage"), func(name string) string { return name }); err != nil {
 		return err
 	}
 	locks, err := filepath.Glob(globQuote(m.state("views")) + "/*.lock")
@@ -128,7 +128,7 @@ func (m *mechanism) clearStage(ctx context.Context) error {
 		if err := context.Cause(ctx); err != nil {
 			return err
 		}
-		if err := m.clearViews(path); err != nil {
+		if err := m.clearViews(ctx, path); err != nil {
 			return err
 		}
 	}
@@ -136,7 +136,7 @@ func (m *mechanism) clearStage(ctx context.Context) error {
 }
 
 // clearViews removes the views of a driver that is gone.
-func (m *mechanism) clearViews(lock string) error {
+func (m *mechanism) clearViews(ctx context.Context, lock string) error {
 	f, err := os.OpenFile(lock, os.O_RDWR, 0)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
@@ -149,7 +149,7 @@ func (m *mechanism) clearViews(lock string) error {
 		return nil // its driver lives
 	}
 	dir := strings.TrimSuffix(lock, ".lock")
-	err = m.clearDir(dir, func(name string) string {
+	err = m.clearDir(ctx, dir, func(name string) string {
 		_, id, _ := strings.Cut(name, ".")
 		return id
 	})
@@ -162,9 +162,9 @@ func (m *mechanism) clearViews(lock string) error {
 	return removeDir(lock)
 }
 
-// clearDir unmounts and removes the directories in dir whose layers nobody is
-// working on.
-func (m *mechanism) clearDir(dir string, idOf func(name string) string) error {
+// clearDir removes what is in dir for layers that nobody is working on:
+// directories, which are unmounted, and the files that name a snapshot.
+func (m *mechanism) clearDir(ctx context.Context, dir string, idOf func(name string) string) error {
 	entries, err := os.ReadDir(dir)
 	if err != nil {
 		return err
@@ -178,8 +178,9 @@ func (m *mechanism) clearDir(dir string, idOf func(name string) string) error {
 			continue
 		}
 		path := filepath.Join(dir, e.Name())
-		err = m.hide(path)
-		if err == nil {
+		if e.Type().IsRegular() {
+			err = m.dropMoment(ctx, path, idOf(e.Name()))
+		} else if err = m.hide(path); err == nil {
 			err = removeDir(path)
 		}
 		unlock()
