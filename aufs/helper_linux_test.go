@@ -64,7 +64,11 @@ func (h *helped) open(t *testing.T) *aufs.Driver {
 	t.Helper()
 	d, err := aufs.New(h.root, &aufs.Options{Engine: aufs.FUSE, Helper: helper})
 	require.NoError(t, err)
-	t.Cleanup(func() { require.NoError(t, d.Close()) })
+	t.Cleanup(func() {
+		if err := d.Close(); !errors.Is(err, layerfs.ErrClosed) {
+			require.NoError(t, err)
+		}
+	})
 	return d
 }
 
@@ -389,17 +393,116 @@ func TestReplaceHelper(t *testing.T) {
 	require.NoError(t, h.d.Put(t.Context(), "top"))
 }
 
+// rounds is how often the tests under load kill.
+func rounds(t *testing.T) int {
+	t.Helper()
+	s := os.Getenv("LAYERFS_KILL_ROUNDS")
+	if s == "" {
+		return 10
+	}
+	n, err := strconv.Atoi(s)
+	require.NoError(t, err)
+	return n
+}
+
+// TestKillAll kills keeper and worker at random moments under load. Operations
+// then fail, and none hangs; after the next New and Get what was synced before
+// is there, what was removed is not, and every name that is listed can be
+// looked up.
+func TestKillAll(t *testing.T) {
+	h := newHelped(t)
+	ctx := t.Context()
+	const workers = 3
+	type file struct {
+		text  string
+		known bool // an operation on it did not fail
+	}
+	files := make([]map[string]file, workers)
+	for w := range files {
+		files[w] = map[string]file{}
+		require.NoError(t, os.Mkdir(fmt.Sprintf("%s/w%d", h.path, w), 0o755))
+	}
+	r := rand.New(rand.NewPCG(9, 9))
+	steps := 0
+	for range rounds(t) {
+		var wg sync.WaitGroup
+		var count atomic.Int64
+		for w := range workers {
+			seed := r.Uint64()
+			wg.Go(func() {
+				r := rand.New(rand.NewPCG(seed, uint64(w)))
+				for n := 0; ; n++ {
+					name := fmt.Sprintf("w%d/%d", w, r.IntN(15))
+					if r.IntN(3) == 0 {
+						name = fmt.Sprintf("dir/%03d", w*100+r.IntN(100))
+					}
+					p := h.path + "/" + name
+					files[w][name] = file{} // whatever happens now
+					if r.IntN(4) == 0 {
+						if err := os.Remove(p); err != nil && !os.IsNotExist(err) {
+							return
+						}
+						files[w][name] = file{known: true}
+					} else {
+						text := fmt.Sprint(w, n, r.Uint32())
+						f, err := os.Create(p)
+						if err != nil {
+							return
+						}
+						_, err = f.WriteString(text)
+						if err == nil {
+							err = f.Sync()
+						}
+						if cerr := f.Close(); err == nil {
+							err = cerr
+						}
+						if err != nil {
+							return
+						}
+						files[w][name] = file{text, true}
+					}
+					count.Add(1)
+				}
+			})
+		}
+		time.Sleep(time.Duration(20+r.IntN(40)) * time.Millisecond)
+		pid := h.worker(t)
+		require.NoError(t, unix.Kill(parent(t, pid), unix.SIGKILL))
+		require.NoError(t, unix.Kill(pid, unix.SIGKILL))
+		wg.Wait()
+		steps += int(count.Load())
+
+		d := h.open(t)
+		_, err := d.Get(ctx, "top", nil)
+		require.NoError(t, err)
+		for _, list := range files {
+			for name, f := range list {
+				if !f.known {
+					continue
+				}
+				b, err := os.ReadFile(h.path + "/" + name)
+				if f.text == "" {
+					require.ErrorIs(t, err, os.ErrNotExist, name)
+					continue
+				}
+				require.NoError(t, err)
+				require.Equal(t, f.text, string(b), name)
+			}
+		}
+		inodes(t, h.path)
+		require.NoError(t, d.Put(ctx, "top"))
+		require.NoError(t, d.Close())
+	}
+	require.NoError(t, h.d.Put(ctx, "top"))
+	t.Logf("%d kills of both, %d steps", rounds(t), steps)
+}
+
 // TestKillRounds kills the worker at random moments under load. No operation
 // fails, no data that was synced is lost, and files that are open go on. The
 // number of kills is LAYERFS_KILL_ROUNDS, or 10.
 func TestKillRounds(t *testing.T) {
 	requireResend(t)
-	rounds := 10
-	if s := os.Getenv("LAYERFS_KILL_ROUNDS"); s != "" {
-		var err error
-		rounds, err = strconv.Atoi(s)
-		require.NoError(t, err)
-	}
+	rounds := rounds(t)
 	h := newHelped(t)
 	var stop atomic.Bool
 	var wg sync.WaitGroup
