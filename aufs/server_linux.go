@@ -2,15 +2,14 @@ package aufs
 
 import (
 	"errors"
-	"fmt"
 	"io/fs"
 	"os"
 	"strconv"
 
 	"golang.org/x/sys/unix"
 
+	"github.com/layerfs/layerfs/internal/fusesrv"
 	"github.com/layerfs/layerfs/internal/mount"
-	"github.com/layerfs/layerfs/internal/sys"
 )
 
 // A process that is killed while one of its own threads waits for an answer of
@@ -53,7 +52,7 @@ func endDead(target string) (bool, error) {
 		if !dead {
 			continue
 		}
-		if err := abort(info.Minor); err != nil {
+		if err := fusesrv.Abort(info.Minor); err != nil {
 			return ended, err
 		}
 		ended = true
@@ -76,35 +75,4 @@ func isDead(ns uint64, pid int) (bool, error) {
 		return false, err
 	}
 	return statusDead(string(status)), nil
-}
-
-// abort ends a FUSE connection, which frees whoever waits for an answer
-// (Documentation/filesystems/fuse.rst, "Control filesystem"). The control file
-// system is mounted nowhere for that, since it may be missing in /sys.
-func abort(connection int) error {
-	ctx, err := unix.Fsopen("fusectl", unix.FSOPEN_CLOEXEC)
-	if err != nil {
-		return os.NewSyscallError("fsopen fusectl", err)
-	}
-	defer unix.Close(ctx)
-	if err := unix.FsconfigCreate(ctx); err != nil {
-		return os.NewSyscallError("fsconfig fusectl", err)
-	}
-	root, err := unix.Fsmount(ctx, unix.FSMOUNT_CLOEXEC, 0)
-	if err != nil {
-		return os.NewSyscallError("fsmount fusectl", err)
-	}
-	defer unix.Close(root)
-	fd, err := sys.Openat(root, strconv.Itoa(connection)+"/abort", unix.O_WRONLY, 0)
-	if errors.Is(err, unix.ENOENT) {
-		return nil // it has ended
-	}
-	if err != nil {
-		return fmt.Errorf("abort FUSE connection %d: %w", connection, err)
-	}
-	defer unix.Close(fd)
-	if _, err := unix.Write(fd, []byte("1")); err != nil {
-		return fmt.Errorf("abort FUSE connection %d: %w", connection, err)
-	}
-	return nil
 }

@@ -363,7 +363,7 @@ func (u *union) mode() fusesrv.UDBA {
 
 // mountConfig is what concerns mount(2).
 func (c *Config) mountConfig() *fusesrv.Config {
-	return &fusesrv.Config{Target: c.Target, ReadOnly: c.ReadOnly, NoPassthrough: c.NoPassthrough, Source: c.Source}
+	return &fusesrv.Config{Target: c.Target, ReadOnly: c.ReadOnly}
 }
 
 // serverConfig is what the server needs.

@@ -15,14 +15,12 @@ type UDBA string
 
 // Config describes a union.
 type Config struct {
-	Target        string // absolute
-	Branches      []Branch
-	UDBA          UDBA
-	ReadOnly      bool
-	NoPassthrough bool
-	NoPlink       bool
-	SumFree       bool
-	Source        string // what mountinfo shows; "" = "union"
+	Target   string // absolute
+	Branches []Branch
+	UDBA     UDBA
+	ReadOnly bool
+	NoPlink  bool
+	SumFree  bool
 }
 
 // Repaired is a leftover of a crash that was mended.
