@@ -35,7 +35,7 @@ func (s *Server) timeouts(n *unionfs.Node, st *unix.Stat_t) (entry, attr time.Du
 		if _, _, upper := n.Key(); !upper {
 			entry, attr = s.lowerTime(), s.lowerTime()
 		}
-	} else if s.cfg.UDBA == Notify && st.Nlink > 1 && !n.IsDir() {
+	} else if s.cfg.UDBA == Notify && !n.IsDir() && (st.Nlink > 1 || n.HasHidden()) {
 		// A change through another name is an event of that name only.
 		if _, _, upper := n.Key(); !upper {
 			attr = 0

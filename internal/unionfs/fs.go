@@ -86,6 +86,8 @@ type FS struct {
 
 	hideMu  sync.RWMutex // shared while a name of a hard-linked lower file is hidden
 	counted atomic.Bool  // hid is complete
+	// countAgain is when hid may be counted again, in ns since 1970.
+	countAgain atomic.Int64
 
 	ringMu sync.Mutex
 	ring   []*inst

@@ -3,6 +3,8 @@
 package unionfs
 
 import (
+	"time"
+
 	"golang.org/x/sys/unix"
 )
 
@@ -22,6 +24,13 @@ func (fs *FS) addHidden(k key) {
 	fs.hid[k]++
 }
 
+// HasHidden reports whether the union hides names of n's file.
+func (n *Node) HasHidden() bool {
+	n.fs.tabMu.Lock()
+	defer n.fs.tabMu.Unlock()
+	return n.fs.hid[n.key] > 0
+}
+
 // visible is how many of nlink names the union shows; one at least, since
 // whoever asks found one. Direct changes of branches are not counted.
 func visible(nlink, hidden uint64) uint64 {
@@ -34,7 +43,7 @@ func visible(nlink, hidden uint64) uint64 {
 // linked finishes a call that tells attributes: a file with several names must
 // have its hidden ones counted.
 func (fs *FS) linked(n *Node, st *unix.Stat_t) error {
-	if n.IsDir() || fs.counted.Load() {
+	if n.IsDir() || fs.counted.Load() || time.Now().UnixNano() < fs.countAgain.Load() {
 		return nil
 	}
 	if st.Nlink < 2 {
@@ -59,6 +68,7 @@ func (fs *FS) countHidden() {
 	if fs.counted.Load() {
 		return
 	}
+	start := time.Now()
 	bp := fs.bufs.Get().(*[]byte)
 	defer fs.bufs.Put(bp)
 	c := counter{fs: fs, buf: *bp, n: map[key]uint32{}}
@@ -74,7 +84,12 @@ func (fs *FS) countHidden() {
 	fs.hid = c.n
 	fs.tabMu.Unlock()
 	fs.counted.Store(true)
+	fs.countAgain.Store(time.Now().Add(countShare * time.Since(start)).UnixNano())
 }
+
+// countShare keeps a branch that changes all the time from being counted all
+// the time: at most one part of so many goes into it. The numbers lag behind.
+const countShare = 10
 
 // A counter adds up hidden names.
 type counter struct {

@@ -172,6 +172,7 @@ func (fs *FS) restack(gone *Branch) {
 	fs.root.insts = is
 	fs.hid = nil
 	fs.counted.Store(false)
+	fs.countAgain.Store(0)
 	fs.tabMu.Unlock()
 	for _, i := range dropped {
 		i.drop()
