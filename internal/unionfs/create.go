@@ -285,7 +285,7 @@ func (fs *FS) Tmpfile(dir *Node, flags int, mode uint32, c Cred, st *unix.Stat_t
 		return nil, nil, errno(err)
 	}
 	n := fs.newNode(unix.S_IFREG)
-	n.br, n.key, n.dead, n.last = w, keyOf(st), true, ptr(*st)
+	n.br, n.key, n.dead, n.last = w, keyOf(st), true, new(*st)
 	fs.dropIno(n.key)
 	n.ino = fs.unionIno(n.key)
 	n.refs.Store(1)

@@ -90,8 +90,6 @@ func (fs *FS) Unlink(dir *Node, name string) error {
 	})
 }
 
-func ptr[T any](v T) *T { return &v }
-
 // unnamed records that a non-directory lost a name.
 func (fs *FS) unnamed(dir *Node, name string, f *found, upper bool) {
 	k := keyOf(&f.st)
@@ -116,7 +114,7 @@ func (fs *FS) unnamed(dir *Node, name string, f *found, upper bool) {
 	if n != nil && !n.IsDir() {
 		back = n.delLink(dir, name)
 		if len(n.links) == 0 {
-			n.dead, n.left, n.last = true, left, ptr(f.st)
+			n.dead, n.left, n.last = true, left, new(f.st)
 		}
 	} else if left == 0 && upper {
 		delete(fs.inos, k)
@@ -189,7 +187,7 @@ func (fs *FS) dirGone(dir *Node, name string, n *Node, st *unix.Stat_t) {
 		delete(fs.inos, i.key)
 	}
 	is := n.insts
-	n.parent, n.dead, n.last, n.insts = nil, true, ptr(*st), nil
+	n.parent, n.dead, n.last, n.insts = nil, true, new(*st), nil
 	n.last.Nlink = 0
 	fs.tabMu.Unlock()
 	for _, i := range is {
