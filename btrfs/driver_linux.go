@@ -47,7 +47,7 @@ var (
 	_ lifecycle.IDDeleter     = (*mechanism)(nil)
 )
 
-// mechanism is immutable after New.
+// mechanism is immutable after New but for gone.
 type mechanism struct {
 	home     string
 	opts     Options
@@ -57,6 +57,8 @@ type mechanism struct {
 	native   error // why the kernel is not asked for changes; nil if it is
 	removal  error // why a subvolume cannot be removed in one step; nil if it can
 	quotas   error // why there are no quotas; nil if there are
+
+	gone qgroups
 
 	noExchange bool // tests: as on kernels that cannot exchange subvolumes
 }

@@ -269,6 +269,53 @@ func TestQuotaWhileRead(t *testing.T) {
 	require.NoError(t, d.Put(ctx, "top"))
 }
 
+// TestQuotaInconsistent: limits hold while subvolumes are removed and cleaned
+// up, and where somebody else made the kernel stop counting.
+func TestQuotaInconsistent(t *testing.T) {
+	const mib = 1 << 20
+	root := newRoot(t, 512)
+	d := mustNew(t, root, &btrfs.Options{Quotas: btrfs.QuotasFull})
+	ctx := t.Context()
+	fill(t, d, "base", "", "data shared 3000000 2")
+	limited := func(id string) {
+		t.Helper()
+		require.NoError(t, d.Create(ctx, id, "base", &layerfs.CreateOptions{Quota: layerfs.Quota{Bytes: 8 * mib}}))
+		path, err := d.Get(ctx, id, nil)
+		require.NoError(t, err)
+		require.ErrorIs(t, write(path+"/big", 24*mib), unix.EDQUOT)
+		require.NoError(t, d.Put(ctx, id))
+	}
+	for i := range 20 {
+		id := fmt.Sprint("l", i)
+		fill(t, d, id, "base", "data big 3000000 1")
+		require.NoError(t, d.Remove(ctx, id))
+		// The kernel cleans up: at the latest now, while the next one is removed.
+		require.NoError(t, ioctl.Sync(root))
+		st, err := ioctl.ReadQuotaStatus(root)
+		require.NoError(t, err)
+		require.False(t, st.Inconsistent, "after %d removals", i+1)
+	}
+	limited("one")
+
+	// A group gets a member whose files are shared with subvolumes outside: the
+	// kernel cannot know the sum and stops counting.
+	tool := testenv.RequireTool(t, "btrfs", "btrfs")
+	info, err := ioctl.Info(filepath.Join(root, "btrfs", "subvolumes", "base"))
+	require.NoError(t, err)
+	for _, args := range [][]string{
+		{"qgroup", "create", "1/100", root},
+		{"qgroup", "assign", "--no-rescan", fmt.Sprint("0/", info.ID), "1/100", root},
+	} {
+		out, err := exec.Command(tool, args...).CombinedOutput()
+		require.True(t, err == nil || strings.Contains(string(out), "inconsistent"), "%v: %v: %s", args, err, out)
+	}
+	require.NoError(t, ioctl.Sync(root))
+	st, err := ioctl.ReadQuotaStatus(root)
+	require.NoError(t, err)
+	require.True(t, st.Inconsistent, "the test does not do what it is for")
+	limited("two")
+}
+
 func write(path string, size int) error {
 	f, err := os.Create(path)
 	if err != nil {

@@ -16,6 +16,7 @@ import (
 	"github.com/layerfs/layerfs/internal/btrfs"
 	"github.com/layerfs/layerfs/internal/lifecycle"
 	"github.com/layerfs/layerfs/internal/mount"
+	"github.com/layerfs/layerfs/internal/sys"
 	"github.com/layerfs/layerfs/internal/tree"
 	"github.com/layerfs/layerfs/internal/undo"
 )
@@ -74,7 +75,7 @@ func (m *mechanism) build(ctx context.Context, rec *lifecycle.Record, fill func(
 			return err
 		}
 	}
-	if err := m.limit(path, rec, rec.Quota); err != nil {
+	if err := m.limit(ctx, path, rec, rec.Quota); err != nil {
 		return err
 	}
 	if rec.ReadOnly {
@@ -288,13 +289,53 @@ func (m *mechanism) reclaim(ctx context.Context, path string) {
 		err = btrfs.WaitCleaned(ctx, m.home, info.ID)
 	}
 	if err == nil {
-		// Until then the freed space is pinned, and what others wrote reserves more
-		// than it needs.
-		err = btrfs.Sync(m.home)
+		err = m.awaitSpace(ctx)
 	}
 	if err != nil {
 		m.log.Warn("space of a failed apply is not free yet", "driver", name, "error", err)
 	}
+}
+
+// awaitSpace waits until what writes a record succeeds again. The freed space is
+// pinned until a commit, and what others wrote reserves more than it needs;
+// with qgroups a cleaned subvolume's is removed after it, in another transaction
+// (btrfs_qgroup_cleanup_dropped_subvolume), and meanwhile the kernel may refuse.
+func (m *mechanism) awaitSpace(ctx context.Context) error {
+	const longest = time.Second // between two commits
+	for pause := 10 * time.Millisecond; ; pause = min(2*pause, longest) {
+		if err := btrfs.Sync(m.home); err != nil && !errors.Is(err, unix.ENOSPC) {
+			return err
+		}
+		err := m.tryRecord()
+		if !errors.Is(err, unix.ENOSPC) {
+			return err
+		}
+		select {
+		case <-ctx.Done():
+			return err
+		case <-time.After(pause):
+		}
+	}
+}
+
+// tryRecord makes, syncs, renames and removes a file of the size of a record.
+func (m *mechanism) tryRecord() error {
+	path, unlock, err := m.temporary("space")
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	err = sys.WriteFile(path, make([]byte, 1024), 0o600, true)
+	renamed := path + "."
+	if err == nil {
+		err = os.Rename(path, renamed)
+	}
+	for _, p := range []string{path, renamed} {
+		if rerr := os.Remove(p); err == nil && !errors.Is(rerr, fs.ErrNotExist) {
+			err = rerr
+		}
+	}
+	return err
 }
 
 // aside makes a subvolume in the build directory, under the layer's quota.
@@ -308,7 +349,7 @@ func (m *mechanism) aside(ctx context.Context, rec *lifecycle.Record, u *undo.St
 		return "", quotaError(err)
 	}
 	u.Push(func() error { return discard(build) })
-	return build, m.limit(build, rec, rec.Quota)
+	return build, m.limit(ctx, build, rec, rec.Quota)
 }
 
 // replace puts the subvolume at build in the place of a layer's.

@@ -72,7 +72,7 @@ func snapshotNested(dst, src string) error {
 	return nil
 }
 
-// destroy removes the tree at path, with nested subvolumes, and the qgroup.
+// destroy removes the tree at path, with nested subvolumes.
 // Nothing there is no error.
 func (m *mechanism) destroy(ctx context.Context, path string) error {
 	if m.quotas != nil && m.removal == nil {
@@ -97,10 +97,7 @@ func (m *mechanism) destroy(ctx context.Context, path string) error {
 		err = emptyAndRemove(path)
 	}
 	if m.quotas == nil {
-		for _, id := range ids {
-			// Linux 6.12 and later do it themselves, and refuse.
-			_ = btrfs.DestroyQgroup(m.home, id)
-		}
+		m.gone.clean(m.home, ids)
 	}
 	return err
 }
