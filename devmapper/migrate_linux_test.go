@@ -10,7 +10,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -337,7 +336,8 @@ func poke(t testing.TB, d *Driver, id string) {
 }
 
 // TestMigrateKilled kills a process that copies a layer in use, at steps all
-// along its way.
+// along its way, and looks at both roots each time. Each process begins with
+// what the one before left.
 func TestMigrateKilled(t *testing.T) {
 	ctx := t.Context()
 	from, to := newRoot(t), newRoot(t)
@@ -345,90 +345,72 @@ func TestMigrateKilled(t *testing.T) {
 	path := stack(t, src)
 	w := startWriter(t, path)
 	require.NoError(t, mustNew(t, to, small()).Close())
-	steps := make(map[string]int)
-	const stride = 11
-	for n := 0; ; n += stride {
+	for _, step := range []string{
+		"metadata: reserved", "reserve: write", "snapshot: suspended", "snapshot: done", "delete: renamed",
+		"migrate: round", "apply: filled", "apply: swapped", "freeze: suspended", "migrate: last round",
+	} {
 		cmd := exec.Command(os.Args[0], "-test.run=^TestMigrateKilledChild$")
-		cmd.Env = append(os.Environ(), fmt.Sprintf("LAYERFS_MIGRATE=%d:%s:%s", n, from, to))
+		cmd.Env = append(os.Environ(), strings.Join([]string{"LAYERFS_MIGRATE=" + step, from, to}, "|"))
 		out, err := cmd.CombinedOutput()
 		var exit *exec.ExitError
-		if err != nil {
-			require.ErrorAs(t, err, &exit, "%s", out)
-			require.Equal(t, unix.SIGKILL, exit.Sys().(interface{ Signal() unix.Signal }).Signal(), "%s", out)
-			i := strings.LastIndex(string(out), "step: ")
-			require.GreaterOrEqual(t, i, 0, "%s", out)
-			steps[strings.TrimSpace(string(out[i+6:]))]++
-		}
+		require.ErrorAs(t, err, &exit, "%s: %s", step, out)
+		require.Equal(t, unix.SIGKILL, exit.Sys().(interface{ Signal() unix.Signal }).Signal(), "%s: %s", step, out)
+
 		// Opening the roots is what mends them.
-		again := mustNew(t, from, small())
-		before := w.written.Load()
-		require.Eventually(t, func() bool { return w.written.Load() > before+1 }, 30*time.Second, time.Millisecond, "%s", out)
+		again, err := New(from, small())
+		require.NoError(t, err, step)
+		n := w.written.Load()
+		require.Eventually(t, func() bool { return w.written.Load() > n+1 }, 30*time.Second, time.Millisecond, "%s: %s", step, out)
 		nothingLeft(t, again)
 		require.NoError(t, again.Close())
-		dst := mustNew(t, to, small())
+		dst, err := New(to, small())
+		require.NoError(t, err, step)
 		infos, err := dst.List(ctx)
 		require.NoError(t, err)
 		for _, i := range infos {
-			if i.ID != "c" {
-				require.Empty(t, i.Incomplete)
-			} else if i.Incomplete != "" {
-				require.Equal(t, unfinished, i.Incomplete)
+			if i.ID == "c" {
+				require.Equal(t, unfinished, i.Incomplete, step)
 				_, err := dst.Get(ctx, "c", nil)
 				require.ErrorIs(t, err, layerfs.ErrIncomplete)
-			} else {
-				with(t, dst, "c", func(copied string) { require.Positive(t, numbers(t, copied)) })
-				require.NoError(t, dst.Remove(ctx, "c"))
+				continue
 			}
-		}
-		_, err = src.Migrate(ctx, "c", dst, &MigrateOptions{Verify: true})
-		require.NoError(t, err, "%s", out)
-		nothingLeft(t, dst)
-		for _, id := range []string{"c", "b", "a"} {
-			require.NoError(t, dst.Remove(ctx, id))
+			require.Empty(t, i.Incomplete, step)
 		}
 		require.NoError(t, dst.Close())
-		if exit == nil {
-			break
-		}
 	}
-	require.Greater(t, len(steps), 3)
-	t.Logf("killed at %v", steps)
+	dst := mustNew(t, to, small())
+	infos, err := dst.List(ctx)
+	require.NoError(t, err)
+	require.Len(t, infos, 3, "the last one was killed with its copy all but finished")
+	_, err = src.Migrate(ctx, "c", dst, &MigrateOptions{Verify: true, Stop: func(context.Context) error { w.stop(); return nil }})
+	require.NoError(t, err)
+	nothingLeft(t, src)
+	nothingLeft(t, dst)
+	with(t, dst, "c", func(copied string) {
+		diff, err := tree.Compare(path, copied, nil)
+		require.NoError(t, err)
+		require.Empty(t, diff)
+	})
 }
 
 // TestMigrateKilledChild is the process that is killed.
 func TestMigrateKilledChild(t *testing.T) {
-	args := strings.SplitN(os.Getenv("LAYERFS_MIGRATE"), ":", 3)
+	args := strings.Split(os.Getenv("LAYERFS_MIGRATE"), "|")
 	if len(args) != 3 {
 		t.Skip("for TestMigrateKilled")
 	}
-	left, err := strconv.Atoi(args[0])
-	require.NoError(t, err)
-	var mu sync.Mutex
-	armed := false
+	var armed atomic.Bool // not while the roots are opened
 	fault := func(step string) {
-		mu.Lock()
-		if !armed {
-			mu.Unlock()
-			return
-		}
-		fmt.Println("step: " + step)
-		if left--; left < 0 {
+		if armed.Load() && step == args[0] {
 			_ = unix.Kill(os.Getpid(), unix.SIGKILL)
 			select {}
 		}
-		mu.Unlock()
 	}
 	src, err := open(args[1], small(), fault)
 	require.NoError(t, err)
 	dst, err := open(args[2], small(), fault)
 	require.NoError(t, err)
-	mu.Lock()
-	armed = true
-	mu.Unlock()
+	armed.Store(true)
 	_, err = src.Migrate(context.Background(), "c", dst, &MigrateOptions{Verify: true})
-	require.NoError(t, err)
-	mu.Lock()
-	armed = false
-	mu.Unlock()
-	require.NoError(t, errors.Join(src.Close(), dst.Close()))
+	t.Fatalf("it came to its end: %v", err)
 }
