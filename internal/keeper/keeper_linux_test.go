@@ -249,10 +249,28 @@ func TestStartFails(t *testing.T) {
 	// One that does no work at all must not be started for ever.
 	_, err := Dial(t.Context(), t.TempDir(), []string{"/bin/true"})
 	require.ErrorContains(t, err, "does not stay")
+	// A program that does not know that it is a helper starts no other.
+	_, err = Dial(t.Context(), t.TempDir(), []string{"/proc/self/exe", "-test.run=TestNoHelper$"})
+	require.ErrorContains(t, err, "does not call Main")
 	ctx, cancel := context.WithCancelCause(t.Context())
 	cancel(io.ErrClosedPipe)
 	_, err = Dial(ctx, t.TempDir(), Self())
 	require.ErrorIs(t, err, io.ErrClosedPipe)
+}
+
+// TestNoHelper is what TestStartFails starts. In a test run of its own it only
+// starts and ends a helper.
+func TestNoHelper(t *testing.T) {
+	dir := t.TempDir()
+	c, err := Dial(t.Context(), dir, Self())
+	if os.Getenv(helperEnv) != "" {
+		require.ErrorContains(t, err, "does not call Main")
+		t.Fatal(err) // for the one who started this
+	}
+	require.NoError(t, err)
+	require.NoError(t, c.Close())
+	tell(t, dir, nil, order{Op: "exit"})
+	require.NoError(t, Gone(t.Context(), dir))
 }
 
 // TestBigMessage: what does not fit into a socket goes through memory.

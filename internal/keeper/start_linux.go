@@ -81,14 +81,29 @@ func Gone(ctx context.Context, dir string) error {
 	return nil
 }
 
+// helperEnv is set in the environment of helpers. A program that is started as
+// one, but does not know, would start another, which would start another.
+const helperEnv = "LAYERFS_HELPER"
+
+// startFor is how long a helper may take to start: more than it waits for an
+// old one to end.
+const startFor = 3 * patience
+
 // Start runs a helper for a directory and returns when it takes calls.
 func Start(ctx context.Context, dir string, command []string) error {
+	if os.Getenv(helperEnv) != "" {
+		return errors.New("this process was started as a helper, but does not call Main first in its main function")
+	}
+	ctx, cancel := context.WithTimeoutCause(ctx, startFor, fmt.Errorf("helper %s did not start within %v", command[0], startFor))
+	defer cancel()
 	if err := os.Mkdir(dir, 0o700); err != nil && !errors.Is(err, os.ErrExist) {
 		return err
 	}
 	args := append(command[1:len(command):len(command)], Arg, roleStart, dir)
 	cmd := exec.CommandContext(ctx, command[0], args...)
 	cmd.Dir = "/"
+	cmd.Env = append(os.Environ(), helperEnv+"=1")
+	cmd.WaitDelay = time.Second // for what it leaves running with its output open
 	out, err := cmd.CombinedOutput()
 	if err == nil {
 		return nil
