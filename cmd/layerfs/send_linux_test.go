@@ -178,8 +178,8 @@ func scribble(t *testing.T, dir, control string) *scribbler {
 				return
 			}
 			n := s.count.Add(1)
-			s.err = os.WriteFile(fmt.Sprintf("%s/w%d", dir, n%30), bytes.Repeat([]byte{byte(n)}, 50<<10), 0o644)
-			time.Sleep(time.Millisecond)
+			s.err = os.WriteFile(fmt.Sprintf("%s/w%d", dir, n%30), bytes.Repeat([]byte{byte(n)}, 16<<10), 0o644)
+			time.Sleep(5 * time.Millisecond) // more would be a test of the disk
 		}
 	}()
 	t.Cleanup(func() {
