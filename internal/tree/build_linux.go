@@ -322,7 +322,9 @@ func setTime(path, value string) error {
 		if err != nil {
 			return err
 		}
-		ts = unix.Timespec{Sec: s, Nsec: ns}
+		if ts, err = unix.TimeToTimespec(time.Unix(s, ns)); err != nil { // beyond 32 bits
+			return err
+		}
 	}
 	if err := unix.UtimesNanoAt(unix.AT_FDCWD, path, []unix.Timespec{ts, ts}, unix.AT_SYMLINK_NOFOLLOW); err != nil {
 		return &os.PathError{Op: "utimensat", Path: path, Err: err}
