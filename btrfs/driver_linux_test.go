@@ -478,7 +478,7 @@ func TestChunkExhaustion(t *testing.T) {
 			require.Contains(t, warning, "btrfs balance start -dusage=", "%v", status(t, d))
 			var fs unix.Statfs_t
 			require.NoError(t, unix.Statfs(root, &fs))
-			require.Greater(t, int64(fs.Bfree)*fs.Bsize, int64(50<<20), "df shows space")
+			require.Greater(t, int64(fs.Bfree)*int64(fs.Bsize), int64(50<<20), "df shows space")
 			if !heed {
 				exhaust(t, d, root)
 				return
