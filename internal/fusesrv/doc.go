@@ -5,8 +5,9 @@
 // must not cost a thread and node ids must be under our control:
 //
 //   - A descriptor waits in the runtime's poller. A reader serves most requests
-//     itself and is replaced by another when a request takes long or is known
-//     to.
+//     itself and is replaced by another when a request takes long, which one
+//     goroutine looks for while there are requests, or is known to. OPEN and
+//     RELEASE do not go through ProtocolServer.
 //   - A kernel inode has one passthrough backing file as long as it is open
 //     (fs/fuse/passthrough.c, Linux 6.9). After a copy-up the old inode keeps
 //     the lower file, and an open is answered with ESTALE: the kernel looks

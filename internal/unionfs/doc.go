@@ -23,6 +23,7 @@
 //	Node.copyMu (copy-up of one file)
 //	Node.mu of directories: parents before children, and two unrelated
 //	  ones only under renameMu, lower Node.id first
+//	FS.hideMu (R by what hides a name of a lower file, W to count them)
 //	inst.mu (child before parent), FS.tabMu: leaves
 //
 // Nothing is locked during the data phase of a copy-up but Node.copyMu.
