@@ -26,6 +26,13 @@ func (s *Server) read(buf []byte) (n int, err error) {
 			n, err = sys.ReadNow(int(fd), buf)
 			return err != unix.EAGAIN
 		})
+		if cerr != nil && !errors.Is(cerr, os.ErrClosed) {
+			// The poller has an error of its own for a connection that has
+			// ended (EPOLLERR, fuse_dev_poll); the device says so better.
+			if n, err = sys.ReadNow(s.fd, buf); err != unix.EAGAIN {
+				cerr = nil
+			}
+		}
 		if cerr != nil {
 			return 0, cerr
 		}
