@@ -8,7 +8,8 @@
 //	.layerfs/locks               empty; its byte ranges are the locks (see Locks)
 //	.layerfs/records/ID          a layer: JSON; its rename into place commits Create
 //	.layerfs/removed/ID          a layer whose storage is being deleted; the
-//	                             rename to here commits Remove
+//	                             rename to here commits Remove; that of a layer
+//	                             whose storage is found by its id is just deleted
 //	.layerfs/children/ID/CHILD   empty; CHILD's record names ID as its parent,
 //	                             or soon will. Open rebuilds them from the records
 //	.layerfs/persist/ID          JSON; Gets that outlive their process
