@@ -168,6 +168,11 @@ func TestSilence(t *testing.T) {
 	dir, _, end := inTest(t)
 	tell(t, dir, nil, order{Op: "store", Name: "x", Text: "kept"})
 	before := tell(t, dir, nil, order{Op: "list"})
+	t.Cleanup(func() {
+		if t.Failed() { // stopped, it would stay for ever
+			_ = unix.Kill(before.PID, unix.SIGKILL)
+		}
+	})
 	tell(t, dir, nil, order{Op: "hang"})
 	after := tell(t, dir, nil, order{Op: "list"})
 	require.NotEqual(t, before.PID, after.PID)
