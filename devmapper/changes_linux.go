@@ -1,6 +1,7 @@
 package devmapper
 
 import (
+	"bytes"
 	"cmp"
 	"context"
 	"encoding/binary"
@@ -11,7 +12,9 @@ import (
 	"os"
 	"slices"
 	"strconv"
+	"sync"
 
+	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 
 	"github.com/layerfs/layerfs"
@@ -47,7 +50,8 @@ func (m *mechanism) nativeChanges(ctx context.Context, chain lifecycle.Chain, ba
 		return err
 	}
 	defer func() { err = errors.Join(err, older.Release()) }()
-	w := &walker{ctx: ctx, yield: yield, buf: make([]byte, 64<<10)}
+	w := &walker{ctx: ctx, yield: yield}
+	w.buffers.New = func() any { return new([64 << 10]byte) }
 	if w.changed, err = m.changed(ctx, chain, base, newer.Path); err != nil {
 		return err
 	}
@@ -61,7 +65,7 @@ func (m *mechanism) nativeChanges(ctx context.Context, chain lifecycle.Chain, ba
 		return err
 	}
 	defer unix.Close(b)
-	w.older = a
+	w.older, w.newer = a, b
 	return w.root(a, b)
 }
 
@@ -158,7 +162,8 @@ type walker struct {
 	yield   func(layerfs.Change) bool
 	changed map[uint64]struct{}
 	older   int // root of the older tree
-	buf     []byte
+	newer   int // and of the newer one
+	buffers sync.Pool
 }
 
 type entry struct {
@@ -171,13 +176,13 @@ func openDir(at int, name string) (int, error) {
 	return sys.Openat(at, name, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
 }
 
-// oldDir opens a directory of the older tree by its path.
-func (w *walker) oldDir(path string) (int, error) {
-	fd, err := unix.Openat2(w.older, "."+path, &unix.OpenHow{
+// openPath opens a directory by its path in a tree.
+func openPath(root int, path string) (int, error) {
+	fd, err := unix.Openat2(root, "."+path, &unix.OpenHow{
 		Flags: unix.O_RDONLY | unix.O_DIRECTORY | unix.O_CLOEXEC, Resolve: unix.RESOLVE_BENEATH | unix.RESOLVE_NO_SYMLINKS,
 	})
-	if errors.Is(err, unix.ENOSYS) { // before Linux 5.6; nobody can write to the older tree
-		return openDir(w.older, "."+path)
+	if errors.Is(err, unix.ENOSYS) { // before Linux 5.6
+		return openDir(root, "."+path)
 	}
 	if err != nil {
 		return -1, &os.PathError{Op: "openat2", Path: path, Err: err}
@@ -185,14 +190,18 @@ func (w *walker) oldDir(path string) (int, error) {
 	return fd, nil
 }
 
-// list reads a directory, by name.
-func (w *walker) list(fd int) ([]entry, error) {
+// list reads a directory, by name: all of it, or only the directories and what
+// has changed. Most layers have many directories in which nothing is changed,
+// and what is left out of these costs no more than a look at its number.
+func (w *walker) list(fd int, all bool) ([]entry, error) {
 	if err := context.Cause(w.ctx); err != nil {
 		return nil, err
 	}
+	buf, _ := w.buffers.Get().(*[64 << 10]byte)
+	defer w.buffers.Put(buf)
 	var out []entry
 	for {
-		n, err := unix.Getdents(fd, w.buf)
+		n, err := unix.Getdents(fd, buf[:])
 		if err == unix.EINTR {
 			continue
 		}
@@ -203,18 +212,22 @@ func (w *walker) list(fd int) ([]entry, error) {
 			break
 		}
 		// struct linux_dirent64: inode, offset, length, type, name with a NUL.
-		for b := w.buf[:n]; len(b) > 19; {
+		for b := buf[:n]; len(b) > 19; {
 			size := int(binary.NativeEndian.Uint16(b[16:]))
 			if size < 20 || size > len(b) {
 				return nil, &os.PathError{Op: "getdents64", Path: strconv.Itoa(fd), Err: errors.New("malformed entry")}
 			}
-			text := b[19:size]
-			if i := slices.Index(text, 0); i >= 0 {
+			ino, typ, text := binary.NativeEndian.Uint64(b), b[18], b[19:size]
+			b = b[size:]
+			if !all && typ != unix.DT_DIR && typ != unix.DT_UNKNOWN && !w.isChanged(ino) {
+				continue
+			}
+			if i := bytes.IndexByte(text, 0); i >= 0 {
 				text = text[:i]
 			}
 			if s := string(text); s != "." && s != ".." {
-				e := entry{s, binary.NativeEndian.Uint64(b), b[18] == unix.DT_DIR}
-				if b[18] == unix.DT_UNKNOWN { // a file system without types in its directories
+				e := entry{s, ino, typ == unix.DT_DIR}
+				if typ == unix.DT_UNKNOWN { // a file system without types in its directories
 					var st unix.Stat_t
 					if err := unix.Fstatat(fd, s, &st, unix.AT_SYMLINK_NOFOLLOW); err != nil {
 						return nil, &os.PathError{Op: "stat", Path: s, Err: err}
@@ -223,7 +236,6 @@ func (w *walker) list(fd int) ([]entry, error) {
 				}
 				out = append(out, e)
 			}
-			b = b[size:]
 		}
 	}
 	slices.SortFunc(out, func(a, b entry) int { return cmp.Compare(a.name, b.name) })
@@ -264,19 +276,70 @@ func (w *walker) root(a, b int) error {
 
 // same looks below a directory that has the same entries in both trees.
 func (w *walker) same(path string, b int) error {
-	entries, err := w.list(b)
-	if err != nil {
+	g, ctx := errgroup.WithContext(w.ctx)
+	// Enough to have the disk read some directories while others are looked at.
+	const readers = 4
+	g.SetLimit(readers)
+	s := &scan{w: w, ctx: ctx, g: g}
+	var top level
+	err := s.read(&top, b)
+	if err := errors.Join(g.Wait(), err); err != nil {
 		return err
 	}
-	for _, e := range entries {
-		if !e.dir {
-			if w.isChanged(e.ino) {
-				err = w.withOld(path, func(a int) error { return w.pair(path+"/"+e.name, e, e, a, b) })
-			}
-		} else if w.isChanged(e.ino) {
-			err = w.withOld(path, func(a int) error { return w.pair(path+"/"+e.name, e, e, a, b) })
-		} else {
-			err = within(b, e.name, func(fd int) error { return w.same(path+"/"+e.name, fd) })
+	return w.sameLevel(path, &top)
+}
+
+// level is what is of interest in a directory that has the same entries in both
+// trees.
+type level struct {
+	entries []entry
+	below   []level // for each entry, if that is such a directory
+}
+
+// scan reads directories, several at a time.
+type scan struct {
+	w   *walker
+	ctx context.Context
+	g   *errgroup.Group
+}
+
+func (s *scan) read(l *level, fd int) error {
+	if err := context.Cause(s.ctx); err != nil {
+		return err
+	}
+	var err error
+	if l.entries, err = s.w.list(fd, false); err != nil {
+		return err
+	}
+	l.below = make([]level, len(l.entries))
+	for i, e := range l.entries {
+		if !e.dir || s.w.isChanged(e.ino) {
+			continue
+		}
+		sub, err := openDir(fd, e.name)
+		if err != nil {
+			return err
+		}
+		read := func() error { return errors.Join(s.read(&l.below[i], sub), unix.Close(sub)) }
+		if s.g.TryGo(read) {
+			continue
+		}
+		if err := read(); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// sameLevel tells, in order, what scan has found.
+func (w *walker) sameLevel(path string, l *level) error {
+	for i, e := range l.entries {
+		var err error
+		switch {
+		case w.isChanged(e.ino):
+			err = w.withBoth(path, func(a, b int) error { return w.pair(path+"/"+e.name, e, e, a, b) })
+		case e.dir:
+			err = w.sameLevel(path+"/"+e.name, &l.below[i])
 		}
 		if err != nil {
 			return err
@@ -285,13 +348,18 @@ func (w *walker) same(path string, b int) error {
 	return nil
 }
 
-func (w *walker) withOld(path string, fn func(a int) error) error {
-	fd, err := w.oldDir(path + "/.")
+func (w *walker) withBoth(path string, fn func(a, b int) error) error {
+	a, err := openPath(w.older, path+"/.")
 	if err != nil {
 		return err
 	}
-	defer unix.Close(fd)
-	return fn(fd)
+	defer unix.Close(a)
+	b, err := openPath(w.newer, path+"/.")
+	if err != nil {
+		return err
+	}
+	defer unix.Close(b)
+	return fn(a, b)
 }
 
 func within(at int, name string, fn func(fd int) error) error {
@@ -305,11 +373,11 @@ func within(at int, name string, fn func(fd int) error) error {
 
 // merge compares two directories whose entries may differ.
 func (w *walker) merge(path string, a, b int) error {
-	olds, err := w.list(a)
+	olds, err := w.list(a, true)
 	if err != nil {
 		return err
 	}
-	news, err := w.list(b)
+	news, err := w.list(b, true)
 	if err != nil {
 		return err
 	}
@@ -342,7 +410,7 @@ func (w *walker) added(path string, e entry, b int) error {
 
 func (w *walker) contents(path, name string, b int) error {
 	return within(b, name, func(fd int) error {
-		entries, err := w.list(fd)
+		entries, err := w.list(fd, true)
 		if err != nil {
 			return err
 		}
