@@ -61,6 +61,11 @@ const (
 	textExists  = "already exists"
 	textBusy    = "busy"
 	textMounted = "already mounted"
+	textNoSpace = "out of space"
+
+	textSuspended = "I/O is currently suspended"
+
+	textNoSnapshot = "could not find any snapshots to destroy"
 )
 
 // errLeft says that a program did not end and was left behind. What it was to
@@ -107,7 +112,11 @@ func (t *tool) pipe(ctx context.Context, in io.Reader, out io.Writer, program st
 	cmd.WaitDelay = grace
 	fail := func(err error) error {
 		name := program[strings.LastIndexByte(program, '/')+1:]
-		return &CommandError{Args: append([]string{name}, args...), Stderr: strings.TrimSpace(stderr.String()), Err: err}
+		var failed error = &CommandError{Args: append([]string{name}, args...), Stderr: strings.TrimSpace(stderr.String()), Err: err}
+		if says(failed, textSuspended) {
+			failed = fmt.Errorf("pool %s: %w: %w", t.pool, ErrSuspended, failed)
+		}
+		return failed
 	}
 	if err := cmd.Start(); err != nil {
 		return fail(err)

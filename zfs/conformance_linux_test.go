@@ -124,7 +124,25 @@ func requireOpenZFS(tb testing.TB) {
 
 func TestConformance(t *testing.T) {
 	requirePool(t)
-	drivertest.Run(t, harness())
+	h := harness()
+	if testing.Short() && kernelMounts() {
+		h.Skip = map[string]string{}
+		for _, name := range long {
+			h.Skip[name] = "with -short: a guest without KVM takes some ten seconds for each"
+		}
+	}
+	drivertest.Run(t, h)
+}
+
+// long are cases about trees that say more about archive and the walk, which
+// are tested elsewhere, than about zfs: each has some 30 calls.
+var long = []string{
+	"ACLs", "AncestorsUntouched", "BigFiles", "Capabilities", "Chown", "DeepStack", "DeletedFilesInChild",
+	"DirectoryPermission", "DirectoryReplacedByFile", "Empty", "Fifos", "FileReplacedByDirectory", "FileUpdate",
+	"HardLinkBroken", "HardLinkCounts", "HardLinkDirtyNames", "HardLinkToLower", "LargeXattrs", "LongPaths",
+	"ManyFiles", "Modes", "MoveFileFromLowerLayer", "Opaque", "RemoveAll", "RenameNewDirectory", "RootNames",
+	"RootPermission", "SameSizeSameTime", "SymlinkReplacedByDirectory", "UnreadableFiles", "UserXattrs", "WhiteoutNames",
+	"DiffProfileOCI", "DiffCompression", "DiffStable",
 }
 
 func TestCross(t *testing.T) {

@@ -18,6 +18,7 @@ import (
 	"strconv"
 	"strings"
 	"syscall"
+	"time"
 
 	"github.com/layerfs/layerfs"
 	"github.com/layerfs/layerfs/archive"
@@ -54,11 +55,47 @@ func (m *mechanism) Create(ctx context.Context, rec *lifecycle.Record, _ lifecyc
 func (m *mechanism) make(ctx context.Context, rec *lifecycle.Record) error {
 	if rec.Parent == "" {
 		return m.build(ctx, rec, func(props []string) error {
-			_, err := m.tool.run(ctx, slices.Concat([]string{"create"}, props, []string{m.dataset(rec.ID)})...)
-			return err
+			return m.whileFreeing(ctx, func() error {
+				_, err := m.tool.run(ctx, slices.Concat([]string{"create"}, props, []string{m.dataset(rec.ID)})...)
+				return err
+			})
 		})
 	}
-	return m.build(ctx, rec, func(props []string) error { return m.cloneParent(ctx, rec, props) })
+	return m.build(ctx, rec, func(props []string) error {
+		return m.whileFreeing(ctx, func() error { return m.cloneParent(ctx, rec, props) })
+	})
+}
+
+// whileFreeing tries something again that found the pool full while the space
+// of what was destroyed comes back: that goes on in the background
+// (async_destroy, zpool-features(7)), and the last of it takes some
+// transaction groups more than the pool's property says.
+func (m *mechanism) whileFreeing(ctx context.Context, call func() error) error {
+	const least, most = 3 * time.Second, 30 * time.Second
+	for start := time.Now(); ; {
+		err := call()
+		if !says(err, textNoSpace) {
+			return err
+		}
+		if gone := time.Since(start); gone > most || gone > least && !m.freeing(ctx) {
+			return fmt.Errorf("%w: %w", syscall.ENOSPC, err)
+		}
+		t := time.NewTimer(200 * time.Millisecond)
+		select {
+		case <-t.C:
+		case <-ctx.Done():
+			t.Stop()
+			return context.Cause(ctx)
+		}
+	}
+}
+
+// freeing reports whether the pool still gives space back.
+func (m *mechanism) freeing(ctx context.Context) bool {
+	var out strings.Builder
+	err := m.tool.pipe(ctx, nil, &out, m.tool.zpool, "get", "-H", "-p", "-o", "value", "freeing", m.tool.pool)
+	n, perr := strconv.ParseInt(strings.TrimSpace(out.String()), 10, 64)
+	return err == nil && perr == nil && n > 0
 }
 
 // build makes the dataset of a layer by a function, and the directory it is
@@ -274,7 +311,7 @@ func (m *mechanism) dropSnapshots(ctx context.Context, id string) error {
 // dropSnapshot destroys a snapshot, now or with the last clone of it.
 func (m *mechanism) dropSnapshot(ctx context.Context, full string) error {
 	_, err := m.tool.run(ctx, "destroy", "-d", full)
-	if says(err, textMissing) {
+	if says(err, textMissing, textNoSnapshot) {
 		return nil
 	}
 	return err

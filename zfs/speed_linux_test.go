@@ -14,7 +14,8 @@ import (
 )
 
 // TestCreateCost: a first child costs no more than the three calls it is made
-// of and a tenth. Rounds of both alternate, and their medians count.
+// of and a tenth. Rounds of both alternate, and the fastest of each
+// counts, which other work on the machine spoils least.
 func TestCreateCost(t *testing.T) {
 	requireOpenZFS(t)
 	if os.Getenv("LAYERFS_IDLE") == "" {
@@ -47,8 +48,8 @@ func TestCreateCost(t *testing.T) {
 	require.NoError(t, d.Remove(ctx, "base"))
 	slices.Sort(bare)
 	slices.Sort(ours)
-	x, y := bare[len(bare)/2], ours[len(ours)/2]
-	t.Logf("three calls %v (fastest %v), Create %v (fastest %v), ratio %.2f", x, bare[0], y, ours[0], float64(y)/float64(x))
+	x, y := bare[0], ours[0]
+	t.Logf("three calls %v (median %v), Create %v (median %v), ratio %.2f", x, bare[len(bare)/2], y, ours[len(ours)/2], float64(y)/float64(x))
 	if float64(y) > 1.1*float64(x) {
 		t.Errorf("Create takes %v, its calls %v", y, x)
 	}
