@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"os/exec"
 
 	"github.com/urfave/cli/v3"
 
@@ -60,7 +61,10 @@ func judge(err error) verdict {
 	if _, ok := errors.AsType[usageError](err); ok {
 		return verdict{exitUsage, "usage", "layerfs --help tells more"}
 	}
-	if _, ok := errors.AsType[cli.ExitCoder](err); ok { // such as help on an unknown topic
+	// Such as help on an unknown topic. A program that a driver ran has an
+	// ExitCode as well, and means something else.
+	_, ran := errors.AsType[*exec.ExitError](err)
+	if _, ok := errors.AsType[cli.ExitCoder](err); ok && !ran {
 		return verdict{exitUsage, "usage", ""}
 	}
 	if _, ok := errors.AsType[damagedError](err); ok {

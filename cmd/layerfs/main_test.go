@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"regexp"
 	"strings"
@@ -17,6 +18,7 @@ import (
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
+	"github.com/layerfs/layerfs"
 	"github.com/layerfs/layerfs/auto"
 	"github.com/layerfs/layerfs/internal/testenv"
 )
@@ -737,4 +739,12 @@ func TestHuman(t *testing.T) {
 	for n, want := range map[int64]string{0: "0.00 µs", 1500: "1.50 µs", 85_000: "85.0 µs", 1_230_000: "1.23 ms", 4_500_000_000: "4.50 s", 120_000_000_000: "120 s"} {
 		assert.Equal(t, want, humanTime(timeOf(n)))
 	}
+}
+
+// TestJudgeProgram: what a program that a driver ran did is no mistake of usage.
+func TestJudgeProgram(t *testing.T) {
+	err := exec.Command(os.Args[0], "-test.no-such-flag").Run()
+	require.Error(t, err)
+	assert.Equal(t, exitFailure, judge(&layerfs.Error{Op: "create", Driver: "zfs", Err: err}).code)
+	assert.Equal(t, exitInput, judge(errors.Join(layerfs.ErrMalformed, err)).code)
 }

@@ -11,6 +11,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"github.com/urfave/cli/v3"
@@ -27,12 +28,18 @@ type streamer interface {
 }
 
 // streamFormat is how a driver's streams begin.
-type streamFormat struct{ driver, magic string }
+type streamFormat struct {
+	driver string
+	at     int // bytes before the magic
+	magic  string
+}
 
 func streamFormats() []streamFormat {
 	return []streamFormat{
-		{"btrfs", "btrfs-stream\x00"}, // include/uapi/linux/btrfs.h does not have it; fs/btrfs/send.h, BTRFS_SEND_STREAM_MAGIC
-		{"devmapper", "LFSBLK\x00"},   // package devmapper
+		{"btrfs", 0, "btrfs-stream\x00"},               // include/uapi/linux/btrfs.h does not have it; fs/btrfs/send.h, BTRFS_SEND_STREAM_MAGIC
+		{"devmapper", 0, "LFSBLK\x00"},                 // package devmapper
+		{"zfs", 8, "\xac\xcb\xba\xf5\x02\x00\x00\x00"}, // include/sys/zfs_ioctl.h, drr_begin, DMU_BACKUP_MAGIC, of a little-endian host
+		{"zfs", 8, "\x00\x00\x00\x02\xf5\xba\xcb\xac"},
 	}
 }
 
@@ -40,17 +47,19 @@ func streamFormats() []streamFormat {
 func errNoStreamer(d layerfs.Driver) error {
 	var have []string
 	for _, f := range streamFormats() {
-		have = append(have, f.driver)
+		if !slices.Contains(have, f.driver) {
+			have = append(have, f.driver)
+		}
 	}
 	return &layerfs.UnsupportedError{
-		Feature: "a stream of the driver " + d.Name(), Reason: "only " + strings.Join(have, " and ") + " have one; diff and apply, or copy, work with every driver",
+		Feature: "a stream of the driver " + d.Name(), Reason: "only " + strings.Join(have, ", ") + " have one; diff and apply, or copy, work with every driver",
 	}
 }
 
 func (a *app) send() *cli.Command {
 	return &cli.Command{
 		Name: "send", Usage: "write a layer as a stream of its driver's own format", ArgsUsage: "ID", Category: "content",
-		Description: "devmapper writes the blocks of the layer's device, which may be in use, and btrfs what \"btrfs send\" writes.\nreceive makes the same layer elsewhere. With --from the stream has only what differs from an ancestor,\nand needs a parent that was received from that ancestor's stream and not written since.",
+		Description: "devmapper writes the blocks of the layer's device, which may be in use, btrfs and zfs what \"btrfs send\" and \"zfs send\" write.\nreceive makes the same layer elsewhere. With --from the stream has only what differs from an ancestor,\nand needs a parent that was received from that ancestor's stream and not written since.",
 		Flags: []cli.Flag{
 			&cli.StringFlag{Name: "from", Usage: "only what differs from this ancestor `ID`"},
 			&cli.StringFlag{Name: "output", Aliases: []string{"o"}, Value: "-", Usage: "`FILE` to write, whole or not at all; - is standard output"},
@@ -201,11 +210,11 @@ func (a *app) stream(ctx context.Context, name string) (*bufio.Reader, func() er
 // formatOf tells whose stream it is. It reads nothing that is not read again.
 func formatOf(r *bufio.Reader) (streamFormat, error) {
 	for _, f := range streamFormats() {
-		head, err := r.Peek(len(f.magic))
+		head, err := r.Peek(f.at + len(f.magic))
 		if err != nil && err != io.EOF {
 			return streamFormat{}, err
 		}
-		if bytes.Equal(head, []byte(f.magic)) {
+		if len(head) >= f.at && bytes.Equal(head[f.at:], []byte(f.magic)) {
 			return f, nil
 		}
 	}

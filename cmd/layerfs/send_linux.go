@@ -8,6 +8,7 @@ import (
 	"github.com/layerfs/layerfs"
 	"github.com/layerfs/layerfs/btrfs"
 	"github.com/layerfs/layerfs/devmapper"
+	"github.com/layerfs/layerfs/zfs"
 )
 
 // streamerOf finds the streamer among a driver and what it wraps.
@@ -15,7 +16,9 @@ func streamerOf(d layerfs.Driver) (streamer, error) {
 	for inner := d; inner != nil; inner = unwrap(inner) {
 		switch x := inner.(type) {
 		case *btrfs.Driver:
-			return btrfsStreamer{x}, nil
+			return fileStreamer{func(ctx context.Context, w io.Writer, id, base string) error { return x.Send(ctx, w, id, base, nil) }, x.Receive}, nil
+		case *zfs.Driver:
+			return fileStreamer{func(ctx context.Context, w io.Writer, id, base string) error { return x.Send(ctx, w, id, base, nil) }, x.Receive}, nil
 		case *devmapper.Driver:
 			return devmapperStreamer{x}, nil
 		}
@@ -39,10 +42,14 @@ func unwrap(d layerfs.Driver) layerfs.Driver {
 	return nil
 }
 
-type btrfsStreamer struct{ d *btrfs.Driver }
+// fileStreamer is for the file systems that write the streams themselves.
+type fileStreamer struct {
+	sendLayer    func(ctx context.Context, w io.Writer, id, base string) error
+	receiveLayer func(ctx context.Context, r io.Reader, id, parent string, opts *layerfs.CreateOptions) error
+}
 
-// counted reports what went through a stream: btrfs does not know how much is
-// to come.
+// counted reports what went through a stream: they do not know how much is to
+// come.
 type counted struct {
 	n        int64
 	progress layerfs.ProgressFunc
@@ -54,12 +61,12 @@ func (c *counted) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-func (s btrfsStreamer) send(ctx context.Context, w io.Writer, id, base string, progress layerfs.ProgressFunc) error {
-	return s.d.Send(ctx, io.MultiWriter(w, &counted{progress: progress}), id, base, nil)
+func (s fileStreamer) send(ctx context.Context, w io.Writer, id, base string, progress layerfs.ProgressFunc) error {
+	return s.sendLayer(ctx, io.MultiWriter(w, &counted{progress: progress}), id, base)
 }
 
-func (s btrfsStreamer) receive(ctx context.Context, r io.Reader, id, parent string, opts *layerfs.CreateOptions, progress layerfs.ProgressFunc) error {
-	return s.d.Receive(ctx, io.TeeReader(r, &counted{progress: progress}), id, parent, opts)
+func (s fileStreamer) receive(ctx context.Context, r io.Reader, id, parent string, opts *layerfs.CreateOptions, progress layerfs.ProgressFunc) error {
+	return s.receiveLayer(ctx, io.TeeReader(r, &counted{progress: progress}), id, parent, opts)
 }
 
 type devmapperStreamer struct{ d *devmapper.Driver }

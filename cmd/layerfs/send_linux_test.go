@@ -3,6 +3,7 @@ package main
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -141,13 +142,64 @@ func flip(b []byte, at int) []byte {
 
 // TestSend_drivers: a stream makes a root for its driver, and no other driver
 // takes it.
+// TestSendZFS: a pool of its own, in memory.
+func TestSendZFS(t *testing.T) {
+	src, dst := newPoolShell(t), newPoolShell(t)
+	story(t, src)
+	whole := filepath.Join(t.TempDir(), "base.stream")
+	src.ok("send", "-o", whole, "base")
+	delta := []byte(src.ok("send", "--from", "base", "app"))
+	received := decode[receivedJSON](t, dst.ok("--json", "receive", "base", whole))
+	require.Len(t, received, 1)
+	assert.Equal(t, "zfs", received[0].Driver)
+	dst.in = bytes.NewReader(delta)
+	dst.ok("receive", "--parent", "base", "app")
+	same(t, src, dst, "base")
+	same(t, src, dst, "app")
+
+	list := dst.ok("--json", "ls")
+	dst.in = bytes.NewReader(delta[:len(delta)*2/3])
+	dst.fails(exitInput, "receive", "--parent", "base", "x")
+	assert.Equal(t, list, dst.ok("--json", "ls"), "nothing is made of what is cut")
+	other := newShell(t, "vfs")
+	other.ok("create", "a")
+	other.in = bytes.NewReader(delta)
+	assert.Contains(t, other.fails(exitUnsupported, "receive", "x"), "a stream of zfs")
+}
+
+// newPoolShell is newShell on a zfs dataset.
+func newPoolShell(t *testing.T) *shell {
+	t.Helper()
+	testenv.RequireRoot(t)
+	d, err := auto.Open(t.TempDir(), &auto.Options{Driver: "zfs"})
+	if err == nil {
+		require.NoError(t, d.Close())
+	}
+	if _, lerr := os.Stat("/proc/spl"); lerr != nil && errors.Is(err, errors.ErrUnsupported) {
+		testenv.SkipUnsupported(t, err, "zfs")
+	}
+	dir := testenv.Tmpfs(t)
+	disk, pool := filepath.Join(dir, "disk"), fmt.Sprintf("layerfs-send-%d", time.Now().UnixNano())
+	require.NoError(t, os.WriteFile(disk, nil, 0o600))
+	require.NoError(t, os.Truncate(disk, 256<<20))
+	run := func(name string, args ...string) {
+		out, err := exec.Command(name, args...).CombinedOutput()
+		require.NoError(t, err, "%s %v: %s", name, args, out)
+	}
+	run("zpool", "create", "-O", "mountpoint=none", pool, disk)
+	t.Cleanup(func() { run("zpool", "destroy", "-f", pool) })
+	s := &shell{t: t, root: filepath.Join(dir, "root"), driver: "zfs", in: strings.NewReader(""), opts: []string{"zfs.dataset=" + pool}}
+	t.Cleanup(s.unmountAll)
+	return s
+}
+
 func TestSend_drivers(t *testing.T) {
 	vfs := newShell(t, "vfs")
 	vfs.ok("create", "a")
 	assert.Contains(t, vfs.fails(exitUnsupported, "send", "a"), "stream of the driver vfs")
 	assert.Contains(t, vfs.fails(exitUnsupported, "migrate", "--to", t.TempDir(), "a"), "only devmapper")
 	for _, f := range streamFormats() {
-		vfs.in = strings.NewReader(f.magic + strings.Repeat("x", 100))
+		vfs.in = strings.NewReader(strings.Repeat("\x00", f.at) + f.magic + strings.Repeat("x", 100))
 		assert.Contains(t, vfs.fails(exitUnsupported, "receive", "x"), "a stream of "+f.driver)
 	}
 	assert.Equal(t, "a", decode[layerJSON](t, vfs.ok("--json", "ls"))[0].ID)
