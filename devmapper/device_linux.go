@@ -291,10 +291,6 @@ func (m *mechanism) probeName(n uint32) string {
 	return m.deviceName("+"+strconv.FormatUint(uint64(n), 10), false)
 }
 
-func (m *mechanism) snapPath(n uint32) string {
-	return m.devicePath(".snap-" + strconv.FormatUint(uint64(n), 10))
-}
-
 // discard deletes the device whose file is at path, now or, if it is in use,
 // later.
 func (m *mechanism) discard(ctx context.Context, path string) error {
