@@ -58,6 +58,9 @@ func says(err error, texts ...string) bool {
 // zfs_standard_error_fmt.
 const (
 	textMissing = "does not exist"
+	// textNoParent is what clone says if the snapshot goes while it runs
+	// (libzfs_dataset.c, zfs_clone: it takes it for the parent of the clone).
+	textNoParent = "no such parent"
 	textExists  = "already exists"
 	textBusy    = "busy"
 	textMounted = "already mounted"

@@ -188,7 +188,7 @@ func (m *mechanism) cloneParent(ctx context.Context, rec *lifecycle.Record, prop
 		if err == nil {
 			return keep(rec, snap)
 		}
-		if !says(err, textMissing) {
+		if !says(err, textMissing, textNoParent) {
 			return err
 		}
 		// The sibling and its snapshot went since.
