@@ -61,10 +61,10 @@ const (
 	// textNoParent is what clone says if the snapshot goes while it runs
 	// (libzfs_dataset.c, zfs_clone: it takes it for the parent of the clone).
 	textNoParent = "no such parent"
-	textExists  = "already exists"
-	textBusy    = "busy"
-	textMounted = "already mounted"
-	textNoSpace = "out of space"
+	textExists   = "already exists"
+	textBusy     = "busy"
+	textMounted  = "already mounted"
+	textNoSpace  = "out of space"
 
 	textSuspended = "I/O is currently suspended"
 
