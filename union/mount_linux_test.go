@@ -17,6 +17,8 @@ import (
 	"github.com/stretchr/testify/require"
 	"golang.org/x/sys/unix"
 
+	"github.com/layerfs/layerfs"
+	"github.com/layerfs/layerfs/internal/testenv"
 	"github.com/layerfs/layerfs/union"
 )
 
@@ -35,14 +37,15 @@ func (s *stage) path(p string) string { return filepath.Join(s.mnt, p) }
 func (s *stage) rw(p string) string           { return filepath.Join(s.dir, "rw", p) }
 func (s *stage) lower(i int, p string) string { return filepath.Join(s.dir, fmt.Sprint("l", i), p) }
 
-// needMount skips where nobody may mount.
+// needMount skips where nobody may mount, which is a failure if LAYERFS_REQUIRE
+// lists "union", or "aufs", whose engine this is.
 func needMount(t testing.TB) {
 	t.Helper()
 	if os.Geteuid() != 0 {
-		t.Skip("mounting needs root")
+		testenv.SkipUnsupported(t, &layerfs.UnsupportedError{Feature: "mounting", Reason: "needs root"}, "union", "aufs", "root")
 	}
 	if _, err := os.Stat("/dev/fuse"); err != nil {
-		t.Skip("no /dev/fuse")
+		testenv.SkipUnsupported(t, &layerfs.UnsupportedError{Feature: "FUSE", Reason: err.Error()}, "union", "aufs")
 	}
 }
 

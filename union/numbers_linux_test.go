@@ -3,7 +3,6 @@ package union_test
 import (
 	"fmt"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -14,6 +13,7 @@ import (
 	"github.com/stretchr/testify/require"
 	"golang.org/x/sys/unix"
 
+	"github.com/layerfs/layerfs/internal/testenv"
 	"github.com/layerfs/layerfs/union"
 )
 
@@ -133,9 +133,7 @@ func meminfo(t testing.TB, field string) int {
 // loopFS mounts a new file system in memory and returns where.
 func loopFS(t testing.TB, size, mkfs string, args ...string) string {
 	t.Helper()
-	if _, err := exec.LookPath(mkfs); err != nil {
-		t.Skip("no " + mkfs)
-	}
+	testenv.RequireTool(t, mkfs)
 	dir, err := os.MkdirTemp("/dev/shm", "loop")
 	require.NoError(t, err)
 	t.Cleanup(func() { require.NoError(t, os.RemoveAll(dir)) })

@@ -1,13 +1,17 @@
 package union_test
 
 import (
+	"cmp"
+	"fmt"
 	"os"
-	"os/exec"
+	"path/filepath"
+	"slices"
 	"testing"
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
+	"github.com/layerfs/layerfs/internal/testenv"
 	"github.com/layerfs/layerfs/union"
 )
 
@@ -40,8 +44,8 @@ for k in 1 2 3; do seq 300 | sed "s/.*/insert into t values(&, '$mode');/" | (ec
 (sqlite3 -cmd '.timeout 20000' t.db 'update t set a = a + 1;' & sqlite3 -cmd '.timeout 20000' t.db 'update t set a = a + 1;'; wait)
 sqlite3 t.db 'pragma integrity_check; vacuum; pragma integrity_check; select count(*), sum(a), sum(length(b)) from t;'; ls`},
 
-	{"postgres", []string{"/usr/lib/postgresql/15/bin/initdb", "runuser"}, ``,
-		`export PATH="$PATH:/usr/lib/postgresql/15/bin" LC_ALL=C PGHOST="$1/run" PGDATA="$1/pg"; mkdir -m 700 "$1/pg" "$1/run"; chown postgres "$1/pg" "$1/run"; cd "$1/run"
+	{"postgres", []string{"runuser", "initdb"}, ``,
+		`export LC_ALL=C PGHOST="$1/run" PGDATA="$1/pg"; mkdir -m 700 "$1/pg" "$1/run"; chown postgres "$1/pg" "$1/run"; cd "$1/run"
 as() { runuser -u postgres --preserve-environment -- "$@"; }
 as initdb -k >/dev/null; echo "listen_addresses=''
 unix_socket_directories='$1/run'" >>"$1/pg/postgresql.conf"
@@ -90,6 +94,21 @@ dpkg --root="$1/root" --log=/dev/null -P a b >/dev/null 2>&1; find usr etc 2>/de
 diff -r s x/s; find s x -type f -printf '%n %p\n' | sort; rm -rf s; test ! -e s; rm -rf x`},
 }
 
+// addPostgres puts the newest PostgreSQL in PATH for the test: Debian keeps the
+// programs of each version in a directory of its own.
+func addPostgres(t *testing.T) {
+	dirs, err := filepath.Glob("/usr/lib/postgresql/*/bin")
+	require.NoError(t, err)
+	version := func(dir string) (n int) {
+		fmt.Sscan(filepath.Base(filepath.Dir(dir)), &n)
+		return n
+	}
+	if len(dirs) > 0 {
+		newest := slices.MaxFunc(dirs, func(a, b string) int { return cmp.Compare(version(a), version(b)) })
+		t.Setenv("PATH", os.Getenv("PATH")+":"+newest)
+	}
+}
+
 // TestPrograms lets real programs work in a mount and beside it.
 func TestPrograms(t *testing.T) {
 	if testing.Short() {
@@ -98,10 +117,15 @@ func TestPrograms(t *testing.T) {
 	for _, p := range programs {
 		t.Run(p.name, func(t *testing.T) {
 			needMount(t)
+			if p.name == "postgres" {
+				addPostgres(t)
+			}
 			for _, tool := range p.tools {
-				if _, err := exec.LookPath(tool); err != nil {
-					t.Skip("no " + tool)
+				backends := []string{"union"}
+				if tool == "initdb" { // a server is much to ask for
+					backends = nil
 				}
+				testenv.RequireTool(t, tool, backends...)
 			}
 			plain, err := os.MkdirTemp("", "plain")
 			require.NoError(t, err)

@@ -13,6 +13,7 @@ import (
 	"github.com/stretchr/testify/require"
 	"golang.org/x/sys/unix"
 
+	"github.com/layerfs/layerfs/internal/testenv"
 	"github.com/layerfs/layerfs/union"
 )
 
@@ -736,13 +737,7 @@ func TestBranchManagement(t *testing.T) {
 func TestOther(t *testing.T) {
 	t.Run("B2/copy_file_range-between-file-systems-is-EXDEV", func(t *testing.T) {
 		s := prepare(t, 1, "l0/f text")
-		other := t.TempDir()
-		var a, b unix.Stat_t
-		require.NoError(t, unix.Stat(other, &a))
-		require.NoError(t, unix.Stat(s.dir, &b))
-		if a.Dev == b.Dev {
-			t.Skip("both directories are on one file system")
-		}
+		other := testenv.Tmpfs(t)
 		build(t, other, "g other")
 		s.mount(t, union.Config{Branches: []union.Branch{{Path: s.rw(""), Perm: union.RW}, {Path: s.lower(0, "")}, {Path: other}}})
 		in, err := os.Open(s.path("g"))

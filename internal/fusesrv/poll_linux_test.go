@@ -13,6 +13,8 @@ import (
 	"github.com/stretchr/testify/require"
 	"golang.org/x/sys/unix"
 
+	"github.com/layerfs/layerfs"
+	"github.com/layerfs/layerfs/internal/testenv"
 	"github.com/layerfs/layerfs/internal/unionfs"
 )
 
@@ -45,11 +47,18 @@ func stuck(dir string) error {
 	return err
 }
 
+// lacks skips the test, or fails it if LAYERFS_REQUIRE lists one of names,
+// "union", or "aufs", whose server this is.
+func lacks(t testing.TB, feature, reason string, names ...string) {
+	t.Helper()
+	testenv.SkipUnsupported(t, &layerfs.UnsupportedError{Feature: feature, Reason: reason}, append(names, "union", "aufs")...)
+}
+
 // TestKilledWhileAsking kills a server that waits for an answer of its own
 // mount: it must end, and with it the connection.
 func TestKilledWhileAsking(t *testing.T) {
 	if os.Geteuid() != 0 {
-		t.Skip("mounting needs root")
+		lacks(t, "mounting", "needs root", "root")
 	}
 	dir := t.TempDir()
 	require.NoError(t, os.Mkdir(dir+"/branch", 0o755))
@@ -89,7 +98,7 @@ func TestDropConnections(t *testing.T) {
 	for i := range dev {
 		fd, err := unix.Open("/dev/fuse", unix.O_RDWR|unix.O_CLOEXEC, 0)
 		if err != nil {
-			t.Skip(err)
+			lacks(t, "FUSE", err.Error())
 		}
 		dev[i] = os.NewFile(uintptr(fd), "/dev/fuse")
 		defer dev[i].Close()

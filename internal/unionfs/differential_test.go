@@ -13,6 +13,9 @@ import (
 
 	"github.com/stretchr/testify/require"
 	"golang.org/x/sys/unix"
+
+	"github.com/layerfs/layerfs"
+	"github.com/layerfs/layerfs/internal/testenv"
 )
 
 func unixTime(s int64) time.Time { return time.Unix(s, 0) }
@@ -314,10 +317,17 @@ func copyOut(t testing.TB, u *user, to string) {
 	walk(u.fs.root, "")
 }
 
-func TestDifferentialPlain(t *testing.T) {
+// needRoot skips without root, which is a failure if LAYERFS_REQUIRE lists
+// "union", or "aufs", whose engine this is.
+func needRoot(t testing.TB, what string) {
+	t.Helper()
 	if os.Geteuid() != 0 {
-		t.Skip("chown needs root")
+		testenv.SkipUnsupported(t, &layerfs.UnsupportedError{Feature: what, Reason: "needs root"}, "union", "aufs", "root")
 	}
+}
+
+func TestDifferentialPlain(t *testing.T) {
+	needRoot(t, "chown")
 	n := 300
 	if testing.Short() {
 		n = 30
@@ -340,9 +350,7 @@ func TestDifferentialPlain(t *testing.T) {
 // TestDifferentialOverlay is the same with the formats of overlayfs, whose
 // copies break hard links, so the trees have none.
 func TestDifferentialOverlay(t *testing.T) {
-	if os.Geteuid() != 0 {
-		t.Skip("trusted xattrs need root")
-	}
+	needRoot(t, "trusted xattrs")
 	for _, user := range []bool{false, true} {
 		for seed := uint64(1); seed <= 150; seed++ {
 			historyOf(t, seed, 60, false, func(c *Config) { c.Format = Overlay{User: user} })
