@@ -46,8 +46,8 @@ type Handle struct {
 //
 // It needs CAP_SYS_ADMIN and /dev/fuse. The error is an *fs.PathError naming
 // the branch that cannot be one: EINVAL for branches that contain each other,
-// for a writable one on a read-only file system and for kernel file systems;
-// EBUSY for a writable branch that is writable in another union. ctx bounds
+// for a writable one on a read-only file system or that AUFS wrote with its
+// option dirren, and for kernel file systems; EBUSY for a writable branch that is writable in another union. ctx bounds
 // the call only.
 //
 // The calling process must not depend on its own mounts to end: it serves them.

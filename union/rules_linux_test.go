@@ -620,6 +620,29 @@ func TestRename(t *testing.T) {
 		assert.Equal(t, []string{"f"}, names(t, s.path("dst")))
 		assert.Equal(t, []string{".wh..wh..opq", "f"}, names(t, s.rw("dst")))
 	})
+	t.Run("B7/dirren-is-refused", func(t *testing.T) {
+		// What aufs dirren.c leaves of mv old new, where old lies below, too.
+		s := prepare(t, 2, "l0/.wh..wh.hino 12345678", "l0/new/.wh..wh..dr.2_01234567-89abcdef_256 info", "l0/.wh.old ", "l1/old/f x")
+		marked := union.Branch{Path: s.lower(0, ""), Perm: union.RW}
+		before := shot(t, marked.Path)
+		refused := func(err error) {
+			t.Helper()
+			assert.ErrorIs(t, err, unix.EINVAL)
+			assert.ErrorContains(t, err, "dirren")
+			assert.Equal(t, before, shot(t, marked.Path))
+		}
+		_, err := union.Mount(bg, s.mnt, &union.Config{Branches: []union.Branch{marked, {Path: s.lower(1, "")}}})
+		refused(err)
+		s.mount(t, union.Config{Branches: []union.Branch{{Path: s.rw(""), Perm: union.RW}, {Path: s.lower(1, "")}}})
+		refused(s.Append(bg, marked))
+		require.NoError(t, s.Append(bg, union.Branch{Path: marked.Path, Perm: union.ROWH}))
+		refused(s.Modify(bg, marked.Path, union.RW))
+		assert.Equal(t, []string{"new", "old"}, names(t, s.mnt))
+		assert.Empty(t, names(t, s.path("new")))
+		// It is free for whoever removes the list.
+		require.NoError(t, os.Remove(marked.Path+"/.wh..wh.hino"))
+		require.NoError(t, s.Modify(bg, marked.Path, union.RW))
+	})
 	t.Run("B5/flags", func(t *testing.T) {
 		s := mustMount(t, 1, "l0/a A", "l0/b B")
 		re := func(flags uint) error {

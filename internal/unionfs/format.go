@@ -74,6 +74,7 @@ const (
 	whPlink    = ".wh..wh.plnk"
 	whOrphan   = ".wh..wh.orph"
 	whOpaque   = ".wh..wh..opq"
+	whRenamed  = ".wh..wh.hino"    // inodes of directories that dirren renamed
 	whMounted  = ".wh..wh.mounted" // ours: there while a union has the branch rw
 	aufsMaxLen = 255 - 2*len(whPrefix) - 1 - 4
 )

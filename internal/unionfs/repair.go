@@ -3,6 +3,7 @@
 package unionfs
 
 import (
+	"fmt"
 	"os"
 
 	"golang.org/x/sys/unix"
@@ -23,6 +24,11 @@ func (fs *FS) join(b *Branch, skipRepair bool) (done []Repaired, err error) {
 		return done, &os.PathError{Op: op, Path: b.path, Err: err}
 	}
 	var st unix.Stat_t
+	if fs.aufs {
+		if err := refuseRenamed(b); err != nil {
+			return fail("branch", err)
+		}
+	}
 	if b.crashed, err = exists(b.root, whMounted, &st); err != nil {
 		return fail("fstatat", err)
 	}
@@ -52,6 +58,20 @@ func (fs *FS) join(b *Branch, skipRepair bool) (done []Repaired, err error) {
 		return fail("openat", err)
 	}
 	return done, nil
+}
+
+// refuseRenamed refuses a branch that AUFS wrote with its option dirren (rule 8
+// B7): a directory renamed there goes on merging with the old name below, which
+// .wh..wh..dr.* files in it tell, and this engine does not know of. The list in
+// the root of the branch is what AUFS itself goes by; without it those files
+// mean nothing (aufs dirren.c au_dr_hino, dentry.c).
+func refuseRenamed(b *Branch) error {
+	var st unix.Stat_t
+	ok, err := exists(b.root, whRenamed, &st)
+	if ok {
+		err = fmt.Errorf("%s: directories were renamed with dirren: %w", whRenamed, unix.EINVAL)
+	}
+	return err
 }
 
 // furnish makes the base of whiteouts and the two directories (rule 2 F6).
