@@ -347,9 +347,9 @@ func (k *keeper) startWorker() (*worker, error) {
 	if err != nil {
 		return nil, err
 	}
-	defer theirs.Close()
 	conn, err := NewConn(mine)
 	if err != nil {
+		theirs.Close()
 		return nil, err
 	}
 	w := &worker{conn: conn, done: make(chan error, 1)}
@@ -357,24 +357,39 @@ func (k *keeper) startWorker() (*worker, error) {
 		Path: k.argv[0], Args: k.argv, Dir: "/", Stderr: os.Stderr,
 		ExtraFiles: []*os.File{theirs, k.socket, k.lock},
 	}
-	if err := w.cmd.Start(); err != nil {
+	err = w.cmd.Start()
+	theirs.Close() // so that a send fails when the worker has died
+	if err != nil {
 		conn.Close()
 		return nil, err
 	}
 	go func() { w.done <- w.cmd.Wait() }()
+	return w, nil
+}
+
+// hand gives a worker what there is, and reports whether it could. A worker
+// that does not read makes it wait until the connection is closed.
+func (k *keeper) hand(w *worker) bool {
 	for name, it := range k.items {
-		if err := conn.Send(message{Op: opItem, Name: name, Conn: it.conn}, it.fds...); err != nil {
-			return w, nil // it has died, which attend will see
+		if err := w.conn.Send(message{Op: opItem, Name: name, Conn: it.conn}, it.fds...); err != nil {
+			return false
 		}
 	}
-	_ = conn.Send(message{Op: opGo})
-	return w, nil
+	return w.conn.Send(message{Op: opGo}) == nil
 }
 
 // attend serves a worker until it ends, and returns nil if it has nothing more
 // to do.
 func (k *keeper) attend(w *worker) error {
-	defer w.conn.Close()
+	handed := make(chan bool, 1)
+	reads := false // it has read what there is
+	go func() { handed <- k.hand(w) }()
+	defer func() {
+		w.conn.Close()
+		if handed != nil {
+			<-handed
+		}
+	}()
 	type got struct {
 		m   message
 		fds []int
@@ -397,11 +412,27 @@ func (k *keeper) attend(w *worker) error {
 	heard := time.Now()
 	var killed time.Time
 	for {
+		// What a worker says before it has been given all has to wait: the items
+		// are being read.
+		var say chan got
+		if handed == nil {
+			say = in
+		}
 		select {
-		case g := <-in:
+		case reads = <-handed:
+			handed = nil
+			heard = time.Now()
+		case g := <-say:
 			heard = time.Now()
 			k.handle(w, g.m, g.fds)
 		case err := <-w.done:
+			// It has left nobody who has the other end open, unless it runs
+			// programs: then the ends of sends and receives are not seen.
+			_ = w.conn.SetDeadline(time.Now().Add(pulse))
+			if handed != nil {
+				<-handed
+				handed = nil
+			}
 			// What it had still sent counts.
 			for open := true; open; {
 				select {
@@ -418,7 +449,9 @@ func (k *keeper) attend(w *worker) error {
 		case <-beat.C:
 			switch {
 			case time.Since(heard) < k.silence:
-				w.tell(message{Op: opPing})
+				if reads {
+					w.tell(message{Op: opPing})
+				}
 			case killed.IsZero():
 				killed = time.Now()
 				_ = w.cmd.Process.Kill()

@@ -207,6 +207,33 @@ func TestNextFails(t *testing.T) {
 	require.NoError(t, end())
 }
 
+// TestDeaf: a worker that does not read what there is keeps the keeper only
+// until it dies, or has been silent for too long.
+func TestDeaf(t *testing.T) {
+	for _, argv := range [][]string{{"/bin/false"}, {"/bin/sleep", "1000"}} {
+		t.Run(argv[0], func(t *testing.T) {
+			t.Parallel()
+			dir := t.TempDir()
+			k, err := newKeeper(dir)
+			require.NoError(t, err)
+			defer k.close()
+			k.argv, k.pulse, k.silence = argv, 20*time.Millisecond, 3*time.Second
+			const items = 1000 // more than a socket takes
+			for i := range items {
+				fd, err := unix.MemfdCreate("test", unix.MFD_CLOEXEC)
+				require.NoError(t, err)
+				k.items[fmt.Sprint("x/", i)] = item{fds: []int{fd}}
+			}
+			done := make(chan error, 1)
+			go func() { done <- k.run(nil) }()
+			require.Len(t, tell(t, dir, nil, order{Op: "list"}).Items, items)
+			tell(t, dir, nil, order{Op: "drop", Name: "x"})
+			tell(t, dir, nil, order{Op: "exit"})
+			require.NoError(t, <-done)
+		})
+	}
+}
+
 // TestStart: callers that come at once get one helper, which is no child of
 // theirs, and which ends when its worker does.
 func TestStart(t *testing.T) {
