@@ -18,9 +18,10 @@
 // child; and the keeper runs the worker. All three are the program that was
 // given as the helper, which calls [Main] first in its main function.
 //
-// A worker that ends with status 0 has nothing more to do; the keeper ends with
-// it. One that dies otherwise is replaced, by the same program even if its
-// file was replaced meanwhile, or by the program it named with [Worker.Next].
+// A worker that ends with status 0 when nothing is stored has nothing more to
+// do; the keeper ends with it. Any other end makes the keeper start another: the
+// program of the keeper, even if its file was replaced meanwhile, or after
+// [Worker.Next] the one that was named there, for as long as that does not fail.
 // A worker that does not answer for [silence] is killed, and replaced. When
 // workers die of their own fault again and again, the keeper aborts all FUSE
 // connections: their users get an error instead of waiting.

@@ -170,6 +170,7 @@ type keeper struct {
 	lock           *os.File
 	socket         *os.File
 	argv           []string // of the next worker
+	next           bool     // the worker has said what comes after it
 	items          map[string]item
 	died           []time.Time // workers of their own fault
 	pulse, silence time.Duration
@@ -282,9 +283,13 @@ func (k *keeper) run(first func()) error {
 			first = nil
 		}
 		if err == nil {
+			k.next = false
 			err = k.attend(w)
-			if err == nil {
+			if err == nil && len(k.items) == 0 {
 				return nil
+			}
+			if err == nil {
+				err = errNotDone
 			}
 		}
 		fmt.Fprintln(os.Stderr, time.Now().Format(time.RFC3339), "worker:", err)
@@ -300,7 +305,7 @@ func (k *keeper) hopeless(err error) bool {
 	var exit *exec.ExitError
 	if errors.As(err, &exit) && !errors.Is(err, errSilent) {
 		ws, ok := exit.Sys().(syscall.WaitStatus)
-		if ok && (ws.Signaled() && ws.Signal() == syscall.SIGKILL || ws.ExitStatus() == ExitNext) {
+		if ok && (ws.Signaled() && ws.Signal() == syscall.SIGKILL || k.next && ws.ExitStatus() == ExitNext) {
 			return false
 		}
 	}
@@ -327,7 +332,10 @@ func (k *keeper) abort() error {
 	return errors.Join(errs...)
 }
 
-var errSilent = errors.New("it gives no sign of life")
+var (
+	errSilent  = errors.New("it gives no sign of life")
+	errNotDone = errors.New("it ended, but there was something to do") // maybe no worker at all
+)
 
 type worker struct {
 	cmd  *exec.Cmd
@@ -486,6 +494,7 @@ func (k *keeper) handle(w *worker, m message, fds []int) {
 			}
 		}
 	case opNext:
+		k.next = true
 		if len(m.Argv) > 0 {
 			k.argv = append(m.Argv[:len(m.Argv):len(m.Argv)], Arg, roleWork, k.dir)
 		}

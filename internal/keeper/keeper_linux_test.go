@@ -157,6 +157,11 @@ func TestHandOver(t *testing.T) {
 	delete(want, "1/a")
 	tell(t, dir, nil, order{Op: "exit", Exit: ExitNext})
 	require.Equal(t, want, tell(t, dir, nil, order{Op: "list"}).Items)
+	tell(t, dir, nil, order{Op: "exit"}) // status 0, but there is something to do
+	require.Equal(t, want, tell(t, dir, nil, order{Op: "list"}).Items)
+	for name := range want {
+		tell(t, dir, nil, order{Op: "drop", Name: name})
+	}
 	tell(t, dir, nil, order{Op: "exit"})
 	require.NoError(t, end())
 	_, err := Dial(t.Context(), dir, nil)
@@ -177,6 +182,7 @@ func TestSilence(t *testing.T) {
 	after := tell(t, dir, nil, order{Op: "list"})
 	require.NotEqual(t, before.PID, after.PID)
 	require.Equal(t, map[string]string{"x": "kept"}, after.Items)
+	tell(t, dir, nil, order{Op: "drop", Name: "x"})
 	tell(t, dir, nil, order{Op: "exit"})
 	require.NoError(t, end())
 }
@@ -198,11 +204,12 @@ func TestFaulty(t *testing.T) {
 func TestNextFails(t *testing.T) {
 	dir, _, end := inTest(t)
 	tell(t, dir, nil, order{Op: "store", Name: "x", Text: "kept"})
-	for _, argv := range [][]string{{"/nowhere"}, {"/bin/false"}} {
+	for _, argv := range [][]string{{"/nowhere"}, {"/bin/false"}, {"/bin/true"}, {"/bin/sh", "-c", "exit 10"}} {
 		tell(t, dir, nil, order{Op: "next", Argv: argv})
 		tell(t, dir, nil, order{Op: "exit", Exit: ExitNext})
 		require.Equal(t, map[string]string{"x": "kept"}, tell(t, dir, nil, order{Op: "list"}).Items)
 	}
+	tell(t, dir, nil, order{Op: "drop", Name: "x"})
 	tell(t, dir, nil, order{Op: "exit"})
 	require.NoError(t, end())
 }
