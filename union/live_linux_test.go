@@ -68,10 +68,12 @@ func liveChanges(i int) []liveChange {
 }
 
 // TestLiveLower checks rule 11 B3: a change made directly on a lower branch
-// shows in every union.
+// shows in every union, within a second by the rule. By our own goal most do
+// within 5 ms, which is checked of half of them: the rest may have waited for
+// a processor that other tests had.
 func TestLiveLower(t *testing.T) {
 	for _, udba := range []union.UDBA{union.Notify, union.Strict} {
-		t.Run(string(udba), func(t *testing.T) {
+		t.Run("B3/"+string(udba), func(t *testing.T) {
 			lower, all := herd(t, 4, udba, "l0/d/keep x")
 			var lat []time.Duration
 			for i := range 40 {
@@ -83,8 +85,8 @@ func TestLiveLower(t *testing.T) {
 					start := time.Now()
 					for _, s := range all {
 						for !c.seen(s.mnt) {
-							if time.Since(start) > 5*time.Second {
-								t.Fatalf("%s %d is not seen", c.name, i)
+							if time.Since(start) > time.Second {
+								t.Fatalf("%s %d is not seen within a second", c.name, i)
 							}
 							if udba == union.Strict {
 								t.Fatalf("%s %d is not seen at once", c.name, i)
@@ -96,6 +98,7 @@ func TestLiveLower(t *testing.T) {
 				}
 			}
 			slices.Sort(lat)
+			assert.Less(t, lat[len(lat)/2], 5*time.Millisecond)
 			t.Logf("seen after p50 %v, p99 %v, max %v of %d", lat[len(lat)/2], lat[len(lat)*99/100], lat[len(lat)-1], len(lat))
 		})
 	}

@@ -3,6 +3,7 @@ package union_test
 import (
 	"fmt"
 	"os"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -39,6 +40,43 @@ func TestBranchLimits(t *testing.T) {
 		require.NoError(t, os.Remove(s.path("deep/f")))
 		assert.True(t, missing(s.path("deep/f")))
 		assert.Len(t, s.Branches(), n+1)
+	})
+}
+
+func TestCreateFurther(t *testing.T) {
+	t.Run("B1/on-the-writable-branch", func(t *testing.T) {
+		s := mustMount(t, 2, "l0/d/e/a x", "l1/d/e/b x", "l1/o/c x")
+		for _, p := range []string{"d/e/new", "o/new", "new"} {
+			s.write(t, p, "x")
+			assert.False(t, missing(s.rw(p)), p)
+		}
+		assert.Equal(t, []string{"d", "new", "o"}, branchNames(t, s.rw("")))
+		assert.Equal(t, []string{"d"}, names(t, s.lower(0, "")))
+		assert.Equal(t, []string{"d", "o"}, names(t, s.lower(1, "")))
+	})
+	t.Run("B1/on-the-topmost-of-several", func(t *testing.T) {
+		s := prepare(t, 2, "l0/d/mid x", "l0/.wh.gone ", "l1/gone x", "l1/d/low x", "l1/d/lower x")
+		s.mount(t, union.Config{Branches: []union.Branch{
+			{Path: s.rw(""), Perm: union.RW}, {Path: s.lower(0, ""), Perm: union.RW}, {Path: s.lower(1, "")},
+		}})
+		// Also where only a lower branch has the directory, or a whiteout.
+		s.write(t, "d/new", "x")
+		s.write(t, "gone", "y")
+		assert.Equal(t, []string{"d", "gone"}, branchNames(t, s.rw("")))
+		assert.Equal(t, []string{"new"}, names(t, s.rw("d")))
+		assert.Equal(t, []string{".wh.gone", "d"}, branchNames(t, s.lower(0, "")))
+		// What lies on a writable branch is changed there; what lies below all
+		// is copied to the topmost, and goes by a whiteout there.
+		s.write(t, "d/mid", "changed")
+		s.write(t, "d/low", "changed")
+		require.NoError(t, os.Remove(s.path("d/lower")))
+		assert.Equal(t, []string{".wh.lower", "low", "new"}, names(t, s.rw("d")))
+		assert.Equal(t, []string{"mid"}, names(t, s.lower(0, "d")))
+		b, err := os.ReadFile(s.lower(0, "d/mid"))
+		require.NoError(t, err)
+		assert.Equal(t, "changed", string(b))
+		assert.Equal(t, []string{"low", "mid", "new"}, names(t, s.path("d")))
+		assert.Equal(t, "y", s.read(t, "gone"))
 	})
 }
 
@@ -103,6 +141,59 @@ func TestLinksFurther(t *testing.T) {
 	})
 }
 
+// TestFlush checks rule 7 B3 and its O4: links that are known in memory only
+// are made real when the union ends, however it does.
+func TestFlush(t *testing.T) {
+	for _, tt := range []struct {
+		name string
+		end  func(t *testing.T, s *stage)
+	}{
+		{"B3-O4/Unmount", func(t *testing.T, s *stage) { require.NoError(t, s.Unmount(bg)) }},
+		{"B3-O4/umount(2)", func(t *testing.T, s *stage) { require.NoError(t, unix.Unmount(s.mnt, 0)) }},
+		{"B3-O4/Detach", func(t *testing.T, s *stage) {
+			f, err := os.Open(s.path("d/b"))
+			require.NoError(t, err)
+			require.NoError(t, unix.Unmount(s.mnt, unix.MNT_DETACH))
+			require.NoError(t, f.Close())
+		}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			s := mustMount(t, 1, "l0/a text", "l0/d/b = a", "l0/e/c = a")
+			s.write(t, "a", "changed")
+			require.NoError(t, os.Remove(s.path("e/c")))
+			assert.True(t, missing(s.rw("d/b")))
+			tt.end(t, s)
+			select {
+			case <-s.Done():
+			case <-time.After(10 * time.Second):
+				t.Fatal("the union does not end")
+			}
+			a, b := lstat(t, s.rw("a")), lstat(t, s.rw("d/b"))
+			assert.Equal(t, a.Ino, b.Ino)
+			assert.EqualValues(t, 2, a.Nlink)
+			assert.Empty(t, names(t, s.rw(".wh..wh.plnk")))
+			// Nothing is left to mend, and the names are one file.
+			s.mount(t, union.Config{})
+			assert.Empty(t, s.Repaired())
+			s.write(t, "d/b", "again")
+			assert.Equal(t, "again", s.read(t, "a"))
+			assert.EqualValues(t, 2, lstat(t, s.path("a")).Nlink)
+			assert.True(t, missing(s.path("e/c")))
+		})
+	}
+	t.Run("B3/without-plinks-the-other-names-keep-the-lower-content", func(t *testing.T) {
+		s := prepare(t, 1, "l0/a text", "l0/b = a").mount(t, union.Config{})
+		s.write(t, "a", "changed")
+		assert.Equal(t, "changed", s.read(t, "b"))
+		require.NoError(t, s.Unmount(bg))
+		// What an unmount without the flush would have left.
+		require.NoError(t, os.Remove(s.rw("b")))
+		s.mount(t, union.Config{})
+		assert.Equal(t, "changed", s.read(t, "a"))
+		assert.Equal(t, "text", s.read(t, "b"))
+	})
+}
+
 func TestRenameFurther(t *testing.T) {
 	t.Run("B6-B8/a-failure-changes-nothing", func(t *testing.T) {
 		s := mustMount(t, 1, "l0/d/sub/x x", "l0/e/y y", "rw/up/z z", "l0/f f")
@@ -139,6 +230,37 @@ func TestInodeNumbers(t *testing.T) {
 		for ino, n := range seen {
 			require.NoError(t, os.Chmod(s.path(n), 0o600))
 			assert.Equal(t, ino, lstat(t, s.path(n)).Ino, n)
+		}
+	})
+}
+
+// TestInodeNumbersStay checks what rule 9 [D] has beyond AUFS: files that were
+// never copied up have their numbers again at the next mount.
+func TestInodeNumbersStay(t *testing.T) {
+	t.Run("D/across-mounts", func(t *testing.T) {
+		s := prepare(t, 2, "l0/a x", "l0/d/b x", "l0/d/l -> b", "l0/h = a", "rw/up/f x", "l0/copied x")
+		require.NoError(t, unix.Mount("tmpfs", s.lower(1, ""), "tmpfs", 0, ""))
+		t.Cleanup(func() { require.NoError(t, unix.Unmount(s.lower(1, ""), 0)) })
+		build(t, s.dir, "l1/other x", "l1/m/f x")
+		numbers := func(order func([]string)) map[string]uint64 {
+			files := []string{".", "a", "h", "d", "d/b", "d/l", "up", "up/f", "other", "m", "m/f"}
+			order(files)
+			m := map[string]uint64{}
+			for _, n := range files {
+				m[n] = lstat(t, s.path(n)).Ino
+			}
+			return m
+		}
+		s.mount(t, union.Config{})
+		first := numbers(slices.Sort)
+		assert.Equal(t, first["a"], first["h"])
+		s.write(t, "copied", "changed")
+		s.write(t, "new", "x")
+		for _, cfg := range []union.Config{{}, {NoPassthrough: true}, {UDBA: union.None}} {
+			require.NoError(t, s.Unmount(bg))
+			s.mount(t, cfg)
+			// Whatever is looked up first.
+			assert.Equal(t, first, numbers(slices.Reverse))
 		}
 	})
 }
@@ -235,6 +357,42 @@ func TestManagementFurther(t *testing.T) {
 		} else {
 			assert.ErrorIs(t, err, unix.EIO)
 		}
+	})
+	t.Run("B4/each-change-is-one-and-a-failed-one-is-none", func(t *testing.T) {
+		s := prepare(t, 1, "l0/a 0", "late/b L", "used/c U").mount(t, union.Config{})
+		used, late := s.dir+"/used", s.dir+"/late"
+		o := prepare(t, 0)
+		o.mount(t, union.Config{Branches: []union.Branch{{Path: o.rw(""), Perm: union.RW}, {Path: used, Perm: union.RW}}})
+		open, err := os.Create(s.path("w"))
+		require.NoError(t, err)
+		defer open.Close()
+		want := s.Branches()
+		for _, step := range []struct {
+			name string
+			do   func() error
+			err  error
+			more []union.Branch
+		}{
+			{"add", func() error { return s.Append(bg, union.Branch{Path: late}) }, nil, []union.Branch{{Path: late, Perm: union.RO}}},
+			{"add-again", func() error { return s.Prepend(bg, union.Branch{Path: late}) }, unix.EINVAL, nil},
+			{"add-what-another-union-writes", func() error { return s.Append(bg, union.Branch{Path: used, Perm: union.RW}) }, unix.EBUSY, nil},
+			{"add-it-read-only", func() error { return s.Append(bg, union.Branch{Path: used}) }, nil, []union.Branch{{Path: used, Perm: union.RO}}},
+			{"make-it-writable", func() error { return s.Modify(bg, used, union.RW) }, unix.EBUSY, nil},
+			{"make-the-top-read-only-while-open", func() error { return s.Modify(bg, s.rw(""), union.RO) }, unix.EBUSY, nil},
+			{"delete-it-while-open", func() error { return s.Delete(bg, s.rw("")) }, unix.EBUSY, nil},
+			{"delete-what-is-not-there", func() error { return s.Delete(bg, s.dir+"/none") }, unix.ENOENT, nil},
+		} {
+			assert.ErrorIs(t, step.do(), step.err, step.name)
+			want = append(want, step.more...)
+			assert.Equal(t, want, s.Branches(), step.name)
+			_, err := open.WriteString("x")
+			assert.NoError(t, err, step.name)
+			s.write(t, "after", step.name)
+			assert.Equal(t, step.name, s.read(t, "after"))
+		}
+		assert.Equal(t, []string{"a", "after", "b", "c", "w"}, names(t, s.mnt))
+		o.write(t, "c", "changed") // the other union's still
+		assert.Equal(t, "changed", o.read(t, "c"))
 	})
 	t.Run("B2/a-working-directory-does-not-block", func(t *testing.T) {
 		s := prepare(t, 2, "l0/d/a x", "l1/d/b x").mount(t, union.Config{})
