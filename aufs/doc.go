@@ -61,7 +61,9 @@
 //
 // # Kernel
 //
-// FUSE engine: Linux 5.12 and CAP_SYS_ADMIN; file data goes past this process
-// since 6.9, and open files survive the helper's crash since then. Kernel engine: AUFS 4 or later. Sources: aufs(5), aufs-util 4.9;
-// design documents and ABI/testing/sysfs-aufs of aufs-standalone 6.x.
+// FUSE engine: Linux 5.12 and CAP_SYS_ADMIN. Since 6.9 file data goes past the
+// process that serves, the helper or with [Options.InProcess] this one, and
+// files that are open survive the helper's crash. Kernel engine: AUFS 4 or
+// later. Sources: aufs(5), aufs-util 4.9; design documents and
+// ABI/testing/sysfs-aufs of aufs-standalone 6.x.
 package aufs

@@ -26,8 +26,9 @@ func (fs *FS) writeBranch(b *Branch) *Branch {
 	return nil
 }
 
-// topRW is the branch new files are created on: the topmost writable one, as
-// with the policy "tdp" and one writable branch.
+// topRW is the branch new files are created on: the topmost writable one. AUFS's
+// policy "tdp" takes the topmost that has the directory, which is the same with
+// one writable branch.
 func (fs *FS) topRW() *Branch {
 	for _, b := range fs.stack {
 		if b.perm == RW {
