@@ -322,7 +322,8 @@ func TestWorkerKilledCleanly(t *testing.T) {
 	require.NoError(t, h.d.Put(ctx, "top"))
 }
 
-// TestKeeperKilled: the worker goes on without its keeper, and takes calls.
+// TestKeeperKilled: the worker goes on without its keeper, and takes calls. It
+// does not make room for another, which nobody would start.
 func TestKeeperKilled(t *testing.T) {
 	h := newHelped(t)
 	ctx := t.Context()
@@ -332,6 +333,11 @@ func TestKeeperKilled(t *testing.T) {
 	path, err := h.d.Get(ctx, "other", nil)
 	require.NoError(t, err)
 	require.NoError(t, os.WriteFile(path+"/f", nil, 0o644))
+	pid := h.worker(t)
+	require.ErrorContains(t, h.d.ReplaceHelper(ctx), "has lost the process")
+	time.Sleep(200 * time.Millisecond) // it would end after its answer
+	require.Equal(t, pid, h.worker(t))
+	require.FileExists(t, path+"/f")
 	require.NoError(t, h.d.Put(ctx, "other"))
 	require.NoError(t, h.d.Put(ctx, "top"))
 }

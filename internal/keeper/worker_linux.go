@@ -104,10 +104,11 @@ func (w *Worker) Kept() []Item { return w.kept }
 // of what it has under that name, and returns when it has them. conn is the
 // number of the FUSE connection among them, or 0.
 func (w *Worker) Store(name string, conn int, fds ...int) error {
-	return w.tell(message{Op: opStore, Name: name, Conn: conn}, fds...)
+	return withoutKeeper(w.tell(message{Op: opStore, Name: name, Conn: conn}, fds...))
 }
 
-// tell sends a message and waits until the keeper has done what it says.
+// tell sends a message and waits until the keeper has done what it says. The
+// error matches ErrNoKeeper if that has ended.
 func (w *Worker) tell(m message, fds ...int) error {
 	done := make(chan struct{})
 	w.mu.Lock()
@@ -120,39 +121,61 @@ func (w *Worker) tell(m message, fds ...int) error {
 		w.mu.Lock()
 		delete(w.waiting, seq)
 		w.mu.Unlock()
-		return w.withoutKeeper(err)
+		return noKeeper(err)
 	}
 	select {
 	case <-done:
 		return nil
 	case <-w.gone:
-		return nil
+		return ErrNoKeeper
 	}
 }
 
-// withoutKeeper is the result of telling the keeper something: if there is
-// none any more, there is nothing to be done about it.
-func (w *Worker) withoutKeeper(err error) error {
+// ErrNoKeeper says that the keeper of a worker has ended.
+var ErrNoKeeper = errors.New("the helper has lost the process that would start it again")
+
+func noKeeper(err error) error {
 	if errors.Is(err, unix.EPIPE) || errors.Is(err, unix.ECONNRESET) || errors.Is(err, unix.ENOTCONN) {
+		return ErrNoKeeper
+	}
+	return err
+}
+
+// withoutKeeper is the result of telling the keeper what to keep: if there is
+// none any more, there is nothing to be done about it.
+func withoutKeeper(err error) error {
+	if errors.Is(err, ErrNoKeeper) {
 		return nil
 	}
 	return err
 }
 
+// Alone reports whether the keeper has ended: who ends then is not followed by
+// another worker.
+func (w *Worker) Alone() bool {
+	select {
+	case <-w.gone:
+		return true
+	default:
+		return false
+	}
+}
+
 // Drop makes the keeper close what it has under a name, and under names that
 // begin with it and a slash, and returns when it has.
-func (w *Worker) Drop(name string) error { return w.tell(message{Op: opDrop, Name: name}) }
+func (w *Worker) Drop(name string) error {
+	return withoutKeeper(w.tell(message{Op: opDrop, Name: name}))
+}
 
 // DropLater is Drop that does not wait.
 func (w *Worker) DropLater(name string) error {
-	return w.withoutKeeper(w.control.Send(message{Op: opDrop, Name: name}))
+	return withoutKeeper(noKeeper(w.control.Send(message{Op: opDrop, Name: name})))
 }
 
 // Next names the program, with its first arguments, that replaces this worker
-// when it ends with [ExitNext].
-func (w *Worker) Next(argv []string) error {
-	return w.withoutKeeper(w.control.Send(message{Op: opNext, Argv: argv}))
-}
+// when it ends with [ExitNext], and returns when the keeper knows. The error
+// matches [ErrNoKeeper] if there is none: the worker must not end then.
+func (w *Worker) Next(argv []string) error { return w.tell(message{Op: opNext, Argv: argv}) }
 
 // Accept takes a call. Close ends it.
 func (w *Worker) Accept() (*Conn, error) {

@@ -244,13 +244,20 @@ func (h *host) wait(target string) {
 
 const waitFor = 2 * time.Second
 
-// makeRoom ends this worker, so that the keeper starts another.
+// makeRoom ends this worker, so that the keeper starts another. Without a
+// keeper it goes on, since with it all mounts would end.
 func (h *host) makeRoom(argv []string) error {
 	if err := h.w.Next(argv); err != nil {
 		return err
 	}
 	// After the answer. What is being served then is served again.
-	time.AfterFunc(50*time.Millisecond, func() { os.Exit(keeper.ExitNext) })
+	time.AfterFunc(50*time.Millisecond, func() {
+		if h.w.Alone() { // since just now
+			h.log.Warn("replace", "err", keeper.ErrNoKeeper)
+			return
+		}
+		os.Exit(keeper.ExitNext)
+	})
 	return nil
 }
 
