@@ -143,8 +143,9 @@ func (e *helperEngine) close() error { return e.client.Close() }
 // go on with the program of [Options.Helper], as after an upgrade. Whoever uses
 // a mount meanwhile waits for some milliseconds. The error matches
 // [errors.ErrUnsupported] if the driver uses no helper. If the process that
-// would start the other program was killed, it is an error, too, and the mounts
-// stay as they are.
+// would start the other program was killed, or the program is this one and its
+// file was removed or replaced, that is an error, too, and the mounts stay as they
+// are.
 func (d *Driver) ReplaceHelper(ctx context.Context) error {
 	e, ok := d.m.engine.(*helperEngine)
 	var err error = &layerfs.UnsupportedError{Feature: "replacing the helper", Reason: "the driver uses none"}

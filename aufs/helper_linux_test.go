@@ -28,14 +28,20 @@ import (
 // helped is a mounted layer that a helper serves.
 type helped struct {
 	root, path string
+	command    []string // of the helper
 	d          *aufs.Driver
 	client     *unionhost.Client
 }
 
 func newHelped(t *testing.T) *helped {
 	t.Helper()
+	return newHelpedBy(t, helper)
+}
+
+func newHelpedBy(t *testing.T, command []string) *helped {
+	t.Helper()
 	requireEngine(t, harness())
-	h := &helped{root: t.TempDir()}
+	h := &helped{root: t.TempDir(), command: command}
 	t.Cleanup(func() {
 		// What the helper has to say of itself is seen nowhere else.
 		log, err := os.ReadFile(h.root + "/aufs/serve/log")
@@ -62,7 +68,7 @@ func newHelped(t *testing.T) *helped {
 
 func (h *helped) open(t *testing.T) *aufs.Driver {
 	t.Helper()
-	d, err := aufs.New(h.root, &aufs.Options{Engine: aufs.FUSE, Helper: helper})
+	d, err := aufs.New(h.root, &aufs.Options{Engine: aufs.FUSE, Helper: h.command})
 	require.NoError(t, err)
 	t.Cleanup(func() {
 		if err := d.Close(); !errors.Is(err, layerfs.ErrClosed) {
@@ -371,19 +377,34 @@ func unwrapped(err error) error {
 	return err
 }
 
-// TestReplaceHelper: another program takes over what is mounted.
+// TestReplaceHelper: another program takes over what is mounted, also if that is
+// the one that asks for it.
 func TestReplaceHelper(t *testing.T) {
 	requireResend(t)
-	h := newHelped(t)
+	self, err := os.ReadFile("/proc/self/exe")
+	require.NoError(t, err)
+	exe := t.TempDir() + "/other" // the same program under another name
+	require.NoError(t, os.WriteFile(exe, self, 0o755))
+	own, err := os.Readlink("/proc/self/exe")
+	require.NoError(t, err)
+	other := []string{exe}
+	for name, tc := range map[string]struct {
+		from, to []string
+		want     string
+	}{
+		"other": {aufs.Main(), other, exe},
+		"self":  {other, aufs.Main(), own},
+	} {
+		t.Run(name, func(t *testing.T) { testReplace(t, tc.from, tc.to, tc.want) })
+	}
+}
+
+func testReplace(t *testing.T, from, to []string, want string) {
+	h := newHelpedBy(t, from)
 	f, err := os.Create(h.path + "/f")
 	require.NoError(t, err)
 	defer f.Close()
-	// The upgrade: the same program under another name.
-	exe := t.TempDir() + "/upgrade"
-	self, err := os.ReadFile("/proc/self/exe")
-	require.NoError(t, err)
-	require.NoError(t, os.WriteFile(exe, self, 0o755))
-	d, err := aufs.New(h.root, &aufs.Options{Engine: aufs.FUSE, Helper: []string{exe}})
+	d, err := aufs.New(h.root, &aufs.Options{Engine: aufs.FUSE, Helper: to})
 	require.NoError(t, err)
 	defer d.Close()
 	pid := h.worker(t)
@@ -391,7 +412,7 @@ func TestReplaceHelper(t *testing.T) {
 	require.Eventually(t, func() bool { return h.worker(t) != pid }, 20*time.Second, 10*time.Millisecond)
 	target, err := os.Readlink(fmt.Sprintf("/proc/%d/exe", h.worker(t)))
 	require.NoError(t, err)
-	require.Equal(t, exe, target)
+	require.Equal(t, want, target)
 	_, err = f.WriteString("x")
 	require.NoError(t, err)
 	require.NoError(t, f.Sync())

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"os/exec"
 	"slices"
 	"strings"
 	"sync"
@@ -239,6 +240,48 @@ func TestDeaf(t *testing.T) {
 			require.NoError(t, <-done)
 		})
 	}
+}
+
+// TestNamed: a program that is replaced by itself has a file.
+func TestNamed(t *testing.T) {
+	own, err := os.Readlink(self)
+	require.NoError(t, err)
+	for _, tc := range []struct{ in, want []string }{
+		{nil, nil},
+		{[]string{"/bin/other", "arg"}, []string{"/bin/other", "arg"}},
+		{Self(), []string{own}},
+		{append(Self(), "arg"), []string{own, "arg"}},
+	} {
+		got, err := Named(tc.in)
+		require.NoError(t, err)
+		require.Equal(t, tc.want, got)
+	}
+	// One whose file is replaced while it runs.
+	program, err := os.ReadFile(self)
+	require.NoError(t, err)
+	exe := t.TempDir() + "/program"
+	require.NoError(t, os.WriteFile(exe, program, 0o755))
+	cmd := exec.Command(exe, "-test.run=TestNamedGone$", "-test.v")
+	cmd.Env = append(os.Environ(), "LAYERFS_TEST_GONE="+exe)
+	out, err := cmd.CombinedOutput()
+	require.NoError(t, err, string(out))
+	require.Contains(t, string(out), "--- PASS: TestNamedGone")
+}
+
+// TestNamedGone is what TestNamed starts, with a program that may be removed.
+func TestNamedGone(t *testing.T) {
+	_, err := Named(Self())
+	require.NoError(t, err)
+	exe := os.Getenv("LAYERFS_TEST_GONE")
+	if exe == "" {
+		return
+	}
+	require.NoError(t, os.Remove(exe))
+	_, err = Named(Self())
+	require.ErrorIs(t, err, os.ErrNotExist)
+	require.NoError(t, os.WriteFile(exe+" (deleted)", nil, 0o755))
+	_, err = Named(Self())
+	require.ErrorIs(t, err, os.ErrNotExist)
 }
 
 // TestStart: callers that come at once get one helper, which is no child of

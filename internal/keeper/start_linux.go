@@ -15,6 +15,29 @@ import (
 // Self is the command that runs this very program.
 func Self() []string { return []string{self} }
 
+// Named returns a command without what only this process understands: [Self] is
+// the program of whoever runs it, which is another one in the keeper. The error
+// matches [os.ErrNotExist] if the file of this program was removed or replaced.
+func Named(command []string) ([]string, error) {
+	if len(command) == 0 || command[0] != self {
+		return command, nil
+	}
+	path, err := os.Readlink(self)
+	if err != nil {
+		return nil, err
+	}
+	running, err := os.Stat(self)
+	if err != nil {
+		return nil, err
+	}
+	// The kernel appends " (deleted)", which a name may also end with.
+	named, err := os.Stat(path)
+	if err != nil || !os.SameFile(running, named) {
+		return nil, &os.PathError{Op: "find the file of this program", Path: path, Err: os.ErrNotExist}
+	}
+	return append([]string{path}, command[1:]...), nil
+}
+
 // Dial calls the worker of a directory, with a helper started by the given
 // command if there is none. Without a command, the error then matches
 // [ErrNone]. The directory is made if it is missing. ctx bounds the call; the

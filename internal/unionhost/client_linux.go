@@ -211,9 +211,14 @@ func (c *Client) Info(ctx context.Context) (Info, error) {
 	return *ans.Info, nil
 }
 
-// Replace makes the helper go on with the program of this client.
+// Replace makes the helper go on with the program of this client. The error
+// matches os.ErrNotExist if that is this one, and its file is gone.
 func (c *Client) Replace(ctx context.Context) error {
-	_, err := c.call(ctx, &request{Op: opReplace, Argv: c.Command})
+	argv, err := keeper.Named(c.Command)
+	if err != nil {
+		return err
+	}
+	_, err = c.call(ctx, &request{Op: opReplace, Argv: argv})
 	return err
 }
 
