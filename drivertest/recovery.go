@@ -19,6 +19,7 @@ func recoveryCases() []testCase {
 	return []testCase{
 		{name: "RecoverCreate", needs: needHome, run: testRecoverCreate},
 		{name: "RecoverRemove", needs: needHome, run: testRecoverRemove},
+		{name: "RecoverStaleRemoval", needs: needHome, run: testRecoverStaleRemoval},
 		{name: "RecoverBuild", needs: needHome, run: testRecoverBuild},
 		{name: "RecoverMarkers", needs: needHome, run: testRecoverMarkers},
 		{name: "RecoverTemporary", needs: needHome, run: testRecoverTemporary},
@@ -145,6 +146,29 @@ func testRecoverRemove(e *env) error {
 		}
 	}
 	return nil
+}
+
+// testRecoverStaleRemoval: the record of a removal beside that of a layer, as a
+// restored backup may have both. The layer is what counts.
+func testRecoverStaleRemoval(e *env) error {
+	if err := errors.Join(e.create("a", "", "file f 1"), e.create("b", "a", "file kept 2")); err != nil {
+		return err
+	}
+	rec, err := os.ReadFile(e.state("records", "b"))
+	if err != nil {
+		return err
+	}
+	if err := os.WriteFile(e.state("removed", "b"), rec, 0o600); err != nil {
+		return err
+	}
+	if err := e.checkAndRepair("b"); err != nil {
+		return err
+	}
+	d, err := e.open(e.root)
+	if err != nil {
+		return err
+	}
+	return e.holds(d, "b", "f=1", "kept=2")
 }
 
 // testRecoverBuild: a tree in the build directory.

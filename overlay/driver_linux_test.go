@@ -8,7 +8,9 @@ import (
 	"slices"
 	"testing"
 
+	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
+	"golang.org/x/sys/unix"
 
 	"github.com/layerfs/layerfs"
 	"github.com/layerfs/layerfs/internal/feature"
@@ -261,4 +263,28 @@ func TestDepth(t *testing.T) {
 	require.NoError(t, err)
 	require.NoError(t, r.Close())
 	require.Greater(t, n, int64(mount.MaxLowers*1024))
+}
+
+// TestRemoveForeignMount: what somebody mounted in a layer is not deleted with
+// it.
+func TestRemoveForeignMount(t *testing.T) {
+	testenv.RequireRoot(t)
+	root := t.TempDir()
+	d, err := New(root, nil)
+	require.NoError(t, err)
+	defer d.Close()
+	require.NoError(t, d.Create(t.Context(), "base", "", nil))
+	for _, place := range []string{"upper", "work"} {
+		id := "on-" + place
+		require.NoError(t, d.Create(t.Context(), id, "base", nil))
+		foreign := t.TempDir()
+		require.NoError(t, os.WriteFile(foreign+"/data", []byte("x"), 0o600))
+		target := filepath.Join(root, "overlay", id, place)
+		require.NoError(t, unix.Mount(foreign, target, "", unix.MS_BIND, ""))
+		assert.ErrorIs(t, d.Remove(t.Context(), id), unix.EBUSY)
+		assert.FileExists(t, foreign+"/data")
+		require.NoError(t, unix.Unmount(target, 0))
+		assert.NoError(t, d.Remove(t.Context(), id), "a second time")
+	}
+	require.NoError(t, d.Remove(t.Context(), "base"))
 }

@@ -160,12 +160,17 @@ func (m *mechanism) Delete(ctx context.Context, rec *lifecycle.Record) error {
 		}
 		_ = m.rmdir(rec.ID + "/merged") // or removeRest does, and tells why not
 	}
+	names := []string{"/upper"}
 	if rec.Parent != "" || rec.Created.IsZero() {
-		_ = m.rmdir(rec.ID + "/work/work")
-		_ = m.rmdir(rec.ID + "/work")
+		names = []string{"/work/work", "/work", "/upper"}
 		_ = unix.Unlinkat(m.dir.Home(), rec.ID+"/lower-id", 0)
 	}
-	_ = m.rmdir(rec.ID + "/upper")
+	for _, name := range names {
+		// A mount that somebody made there shows what is not the layer's.
+		if err := m.rmdir(rec.ID + name); errors.Is(err, unix.EBUSY) {
+			return &os.PathError{Op: "rmdir", Path: m.layer(rec.ID) + name, Err: err}
+		}
+	}
 	if err := m.rmdir(rec.ID); err != nil && !errors.Is(err, unix.ENOENT) {
 		if err := m.removeRest(m.layer(rec.ID)); err != nil {
 			return err

@@ -33,7 +33,7 @@ type Dir struct {
 	// Immutable, and used between use and unuse only.
 	home, root, records, removed, children, persist, build folder
 
-	removedNames, childrenNames, persistNames listing
+	childrenNames, persistNames listing
 }
 
 // durability says how a file is replaced.
@@ -85,6 +85,7 @@ func Open(home string, policy layerfs.Durability) (_ *Dir, err error) {
 		open = append(open, *sub.to)
 	}
 	d.ordered = inOrder(d.dir)
+	d.childrenNames.settle, d.persistNames.settle = settled, settled
 	if err := d.checkFormat(); err != nil {
 		return nil, err
 	}

@@ -5,6 +5,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -217,6 +218,9 @@ func (f folder) replace(name, temp string, data []byte, how durability) (_ stamp
 	case durableInOrder:
 		const all = unix.SYNC_FILE_RANGE_WAIT_BEFORE | unix.SYNC_FILE_RANGE_WRITE | unix.SYNC_FILE_RANGE_WAIT_AFTER
 		err = f.err("sync_file_range", temp, unix.SyncFileRange(fd, 0, 0, all))
+		if err != nil { // no such call, or a seccomp filter
+			err = f.err("fsync", temp, unix.Fsync(fd))
+		}
 	}
 	if err != nil {
 		return stamp{}, err
@@ -259,8 +263,14 @@ func (f folder) fill(fd int, name string, data []byte) error {
 // adds the inode that is renamed:
 // Documentation/filesystems/ext4/journal.rst, xfs-delayed-logging-design.rst.
 // ext4 without a journal does not, and tells by the task that commits it
-// (journal_task, Documentation/ABI/testing/sysfs-fs-ext4, Linux 4.19).
+// (journal_task, Documentation/ABI/testing/sysfs-fs-ext4, Linux 4.19). What is
+// written by sync_file_range before has to be on the disk by then, too: before
+// Linux 5.2 it left pages out that were busy (mm/filemap.c, commit "fs:
+// sync_file_range(2) may use WB_SYNC_ALL writeback").
 func inOrder(path string) bool {
+	if !since(5, 2) {
+		return false
+	}
 	var fs unix.Statfs_t
 	if err := unix.Statfs(path, &fs); err != nil {
 		return false
@@ -284,7 +294,23 @@ func hasJournal(path string) bool {
 	if err != nil {
 		return false
 	}
+	// Without a flush before the commit record, the disk may have that first.
+	options, err := os.ReadFile("/proc/fs/ext4/" + filepath.Base(device) + "/options")
+	if err != nil || strings.Contains(string(options), "journal_async_commit") {
+		return false
+	}
 	// A number of a process, 0 if it is not in our namespace, or "<none>".
 	task, err := os.ReadFile("/sys/fs/ext4/" + filepath.Base(device) + "/journal_task")
 	return err == nil && len(task) > 0 && task[0] >= '0' && task[0] <= '9'
+}
+
+// since reports whether the kernel is that version or later.
+func since(major, minor int) bool {
+	var u unix.Utsname
+	if unix.Uname(&u) != nil {
+		return false
+	}
+	var a, b int
+	n, _ := fmt.Sscanf(unix.ByteSliceToString(u.Release[:]), "%d.%d", &a, &b)
+	return n == 2 && (a > major || a == major && b >= minor)
 }

@@ -11,21 +11,23 @@ import (
 //
 // It remembers the names for as long as the directory's times stay the same.
 type listing struct {
-	mu    sync.Mutex
-	state state           // guarded by mu: of the directory, as last seen
-	read  bool            // guarded by mu: the names were read, or are too many
-	names map[string]bool // guarded by mu: in that state; nil if unknown
+	settle time.Duration // how old a change must be to count as the last one
+	mu     sync.Mutex
+	state  state           // guarded by mu: of the directory, as last seen
+	read   bool            // guarded by mu: the names were read, or are too many
+	names  map[string]bool // guarded by mu: in that state; nil if unknown
 }
 
 const (
 	// fewNames bounds what reading the names again costs after a change.
 	fewNames = 64
 
-	// tick is more than the granularity of a file system's times, which is
-	// that of the kernel's clock interrupt, at most 10 ms: a directory changed
-	// less than that before its names were read may have been changed since
-	// without its times showing it.
-	tick = 20 * time.Millisecond
+	// settled is more than the granularity of a file system's times: a
+	// directory changed less than that before its names were read may have
+	// been changed since without its times showing it. ext4 with inodes of 128
+	// bytes, and ext2, keep whole seconds, and FAT every second one; all others
+	// at least the clock interrupt, which a busy guest may get late.
+	settled = 3 * time.Second
 )
 
 // lacks reports whether it is certain that a name is not in the folder.
@@ -39,7 +41,7 @@ func (l *listing) lacks(f *folder, name string) bool {
 	if l.state != at {
 		l.state, l.read, l.names = at, false, nil
 	}
-	if !l.read && at.before(time.Now().Add(-tick)) {
+	if !l.read && at.before(time.Now().Add(-l.settle)) {
 		// What is read may be newer than the times that were looked at; those
 		// are other ones then the next time.
 		l.read = true

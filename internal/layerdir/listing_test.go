@@ -13,7 +13,8 @@ import (
 func TestListing(t *testing.T) {
 	home := t.TempDir()
 	d, other := mustOpen(t, home), mustOpen(t, home)
-	var l listing
+	const tick = 20 * time.Millisecond
+	l := listing{settle: tick}
 	for i := range 300 {
 		name := fmt.Sprint("n", i%3)
 		require.NoError(t, other.persist.create(name))

@@ -161,16 +161,18 @@ func (d *Dir) Remember(rec *Record) error {
 // Removed lists the layers that were dropped but not yet forgotten.
 func (d *Dir) Removed() ([]string, error) { return d.ids(&d.removed, ".") }
 
-// LoadRemoved returns the record of a dropped layer.
+// LoadRemoved returns the record of a dropped layer. The error is
+// [layerfs.ErrNotExist] if there is none.
 func (d *Dir) LoadRemoved(id string) (*Record, error) {
 	if err := d.use(); err != nil {
 		return nil, err
 	}
 	defer d.unuse()
-	if d.removedNames.lacks(&d.removed, id) {
+	rec, err := readRecord(d.removed, id)
+	if errors.Is(err, fs.ErrNotExist) {
 		return nil, layerfs.ErrNotExist
 	}
-	return readRecord(d.removed, id)
+	return rec, err
 }
 
 // Forget ends the removal of a layer: its storage is gone.

@@ -74,6 +74,10 @@ func (s *scanner) removals(map[string]*Record) error {
 			if !s.mend {
 				return true, nil
 			}
+			// Whatever led to a layer of that id: its storage is not rubbish.
+			if _, err := s.d.dir.Load(id); !errors.Is(err, layerfs.ErrNotExist) {
+				return true, s.d.dir.Forget(id)
+			}
 			if err := s.d.unmountStale(s.ctx, rec); err != nil {
 				return false, err
 			}

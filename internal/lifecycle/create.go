@@ -2,6 +2,7 @@ package lifecycle
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"time"
 
@@ -77,7 +78,13 @@ func create(ctx context.Context, d *Driver, id, parent string, opts *layerfs.Cre
 	if err := build(rec, chain); err != nil {
 		return err
 	}
-	u.Push(func() error { return d.m.Delete(context.WithoutCancel(ctx), rec) })
+	gone := true
+	u.Push(func() error {
+		if !gone {
+			return nil // a crash may bring the record back
+		}
+		return d.m.Delete(context.WithoutCancel(ctx), rec)
+	})
 	if d.opts.Durability == layerfs.DurabilityFull {
 		if err := d.m.Sync(ctx, rec); err != nil {
 			return err
@@ -85,7 +92,11 @@ func create(ctx context.Context, d *Driver, id, parent string, opts *layerfs.Cre
 	}
 	if err := d.dir.Save(rec); err != nil {
 		// It may have got its name and failed to be synced.
-		u.Push(func() error { return d.dir.Drop(&Record{ID: id}, false) })
+		u.Push(func() error {
+			err := d.dir.Drop(&Record{ID: id}, false)
+			gone = err == nil
+			return err
+		})
 		return err
 	}
 	return nil
@@ -132,8 +143,11 @@ func (d *Driver) vacant(ctx context.Context, id string) error {
 		return fmt.Errorf("%w: %w", layerfs.ErrExist, err)
 	}
 	rec, err := d.dir.LoadRemoved(id)
-	if err != nil {
+	if errors.Is(err, layerfs.ErrNotExist) {
 		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("an earlier layer of this id is being removed: %w", err)
 	}
 	return d.finishRemove(ctx, rec, everything())
 }

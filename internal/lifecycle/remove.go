@@ -47,6 +47,9 @@ func (d *Driver) Remove(ctx context.Context, id string) (err error) {
 		}
 	}
 	if err := d.dir.Drop(rec, remember); err != nil {
+		if _, lerr := d.dir.Load(id); !remember && errors.Is(lerr, layerfs.ErrNotExist) {
+			err = errors.Join(err, d.dir.Remember(rec)) // for another Remove
+		}
 		return err
 	}
 	// From here the layer is gone; a context that ends now must not leave
