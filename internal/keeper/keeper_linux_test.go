@@ -201,6 +201,40 @@ func TestFaulty(t *testing.T) {
 	require.ErrorContains(t, end(), "again and again")
 }
 
+// TestScarce: calls wait while there are no descriptors for them, first for what
+// accept(2) makes, then for its copy.
+func TestScarce(t *testing.T) {
+	dir, _, end := inTest(t)
+	pid := tell(t, dir, nil, order{Op: "list"}).PID
+	var before unix.Rlimit
+	require.NoError(t, unix.Prlimit(pid, unix.RLIMIT_NOFILE, nil, &before))
+	for extra := range uint64(2) {
+		free := uint64(0)
+		require.Eventually(t, func() bool { // the last call has been closed
+			was := free
+			for free = 0; ; free++ {
+				if _, err := os.Lstat(fmt.Sprintf("/proc/%d/fd/%d", pid, free)); err != nil {
+					return was == free
+				}
+			}
+		}, 10*time.Second, 50*time.Millisecond)
+		few := before
+		few.Cur = free + extra
+		require.NoError(t, unix.Prlimit(pid, unix.RLIMIT_NOFILE, &few, nil))
+		done := make(chan int)
+		go func() { done <- tell(t, dir, nil, order{Op: "list"}).PID }()
+		select {
+		case <-done:
+			t.Error("the call was taken without a descriptor")
+		case <-time.After(3 * scarcePause):
+		}
+		require.NoError(t, unix.Prlimit(pid, unix.RLIMIT_NOFILE, &before, nil))
+		require.Equal(t, pid, <-done)
+	}
+	tell(t, dir, nil, order{Op: "exit"})
+	require.NoError(t, end())
+}
+
 // TestNextFails: a program that cannot take over is not tried twice.
 func TestNextFails(t *testing.T) {
 	dir, _, end := inTest(t)

@@ -4,8 +4,11 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"os"
 	"sync"
+	"syscall"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -23,6 +26,9 @@ type Worker struct {
 	seq     uint64                   // guarded by mu
 	waiting map[uint64]chan struct{} // guarded by mu
 	gone    chan struct{}            // closed when there is no keeper any more
+
+	closing sync.Once
+	closed  chan struct{}
 }
 
 // An Item is what an earlier worker had stored.
@@ -48,7 +54,7 @@ func runWorker(dir string, work func(*Worker) error) error {
 	}
 	w := &Worker{
 		dir: dir, control: control, socket: os.NewFile(workerSocket, socketName), lock: os.NewFile(workerLock, lockName),
-		waiting: map[uint64]chan struct{}{}, gone: make(chan struct{}),
+		waiting: map[uint64]chan struct{}{}, gone: make(chan struct{}), closed: make(chan struct{}),
 	}
 	for {
 		var m message
@@ -177,8 +183,65 @@ func (w *Worker) DropLater(name string) error {
 // matches [ErrNoKeeper] if there is none: the worker must not end then.
 func (w *Worker) Next(argv []string) error { return w.tell(message{Op: opNext, Argv: argv}) }
 
-// Accept takes a call. Close ends it.
+// Accept takes a call. While there is no descriptor or memory for one, calls
+// wait. Close ends it; any error is for good.
 func (w *Worker) Accept() (*Conn, error) {
+	for {
+		var call *os.File
+		if err := w.patiently(func() (err error) {
+			call, err = w.accept()
+			return err
+		}); err != nil {
+			return nil, err
+		}
+		var c net.Conn
+		err := w.patiently(func() (err error) {
+			c, err = net.FileConn(call)
+			return err
+		})
+		call.Close()
+		if err != nil {
+			continue // this one call failed
+		}
+		if u, ok := c.(*net.UnixConn); ok {
+			return &Conn{u}, nil
+		}
+		c.Close()
+	}
+}
+
+// patiently calls f until it does not fail for want of descriptors or memory,
+// which others may give back, or w is closed.
+func (w *Worker) patiently(f func() error) error {
+	for told := false; ; told = true {
+		err := f()
+		if !scarce(err) {
+			return err
+		}
+		if !told {
+			fmt.Fprintln(os.Stderr, time.Now().Format(time.RFC3339), "calls wait:", err)
+		}
+		select {
+		case <-w.closed:
+			return os.ErrClosed
+		case <-time.After(scarcePause):
+		}
+	}
+}
+
+const scarcePause = 100 * time.Millisecond
+
+// scarce reports whether what failed may work later.
+func scarce(err error) bool {
+	for _, no := range []syscall.Errno{unix.EMFILE, unix.ENFILE, unix.ENOMEM, unix.ENOBUFS, unix.ENOSPC} {
+		if errors.Is(err, no) {
+			return true
+		}
+	}
+	return false
+}
+
+func (w *Worker) accept() (*os.File, error) {
 	raw, err := w.socket.SyscallConn()
 	if err != nil {
 		return nil, err
@@ -194,8 +257,11 @@ func (w *Worker) Accept() (*Conn, error) {
 	if err != nil {
 		return nil, os.NewSyscallError("accept", err)
 	}
-	return NewConn(os.NewFile(uintptr(fd), "call"))
+	return os.NewFile(uintptr(fd), "call"), nil
 }
 
 // Close makes Accept return.
-func (w *Worker) Close() error { return w.socket.Close() }
+func (w *Worker) Close() error {
+	w.closing.Do(func() { close(w.closed) })
+	return w.socket.Close()
+}
