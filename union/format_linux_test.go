@@ -65,3 +65,22 @@ func TestOverlayLayers(t *testing.T) {
 		assert.Equal(t, want, shot(t, s.mnt), "seed %d", seed)
 	}
 }
+
+// TestOverlayFileBetween: a file on a branch between ends the merging of the
+// directories of its name, also where none is opaque: kernel overlayfs shows
+// the same tree.
+func TestOverlayFileBetween(t *testing.T) {
+	s := prepare(t, 3)
+	sh(t, `mkdir -p "$1/a/b" "$3/a/b/sub"; echo 1 >"$1/a/b/high"; mkdir "$2/a"; echo 2 >"$2/a/b"; echo 3 >"$3/a/b/low"`,
+		s.lower(0, ""), s.lower(1, ""), s.lower(2, ""))
+	over := s.dir + "/over"
+	sh(t, `mkdir "$1"`, over)
+	require.NoError(t, unix.Mount("overlay", over, "overlay", unix.MS_RDONLY, "lowerdir="+s.lower(0, "")+":"+s.lower(1, "")+":"+s.lower(2, "")))
+	want := shot(t, over)
+	require.NoError(t, unix.Unmount(over, 0))
+	require.NoFileExists(t, over+"/a/b/low")
+	s.mount(t, union.Config{Format: union.Overlay})
+	assert.Equal(t, want, shot(t, s.mnt))
+	sh(t, `touch "$1/a/b/new"; rm "$1/a/b/high"`, s.mnt) // the directory is copied up
+	sh(t, `test "$(ls "$1/a/b")" = new && rm -r "$1/a"`, s.mnt)
+}

@@ -110,7 +110,9 @@ func (fs *FS) resolve(dir *Node, name string, below bool, f *found) (err error) 
 		case kind != Entry:
 		case f.top != nil && (opaque || !f.isDir() || st.Mode&unix.S_IFMT != unix.S_IFDIR):
 			f.below = true
-			more = f.isDir() && !opaque
+			// AUFS looks past a file for more of the directory, overlayfs
+			// (ovl_lookup_single) stops there.
+			more = f.isDir() && !opaque && fs.aufs
 		default:
 			isDir := st.Mode&unix.S_IFMT == unix.S_IFDIR
 			if f.top == nil {
