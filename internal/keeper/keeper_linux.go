@@ -6,6 +6,7 @@ import (
 	"io"
 	"os"
 	"os/exec"
+	"os/signal"
 	"path/filepath"
 	"strconv"
 	"strings"
@@ -82,6 +83,10 @@ func Main(args []string, work func(*Worker) error) (status int, helper bool) {
 	}
 	var err error
 	dir := args[3]
+	if args[2] != roleWork {
+		// Whoever waits for what is printed may have gone: no reason to end.
+		signal.Ignore(unix.SIGPIPE)
+	}
 	switch args[2] {
 	case roleStart:
 		err = start(dir)
@@ -187,18 +192,21 @@ func newKeeper(dir string) (*keeper, error) {
 		dir: dir, lock: lock, argv: ownArgv(dir), items: map[string]item{}, pulse: pulse, silence: silence,
 	}
 	for end := time.Now().Add(patience); ; time.Sleep(10 * time.Millisecond) {
-		err := unix.Flock(int(lock.Fd()), unix.LOCK_EX|unix.LOCK_NB)
-		if err == nil {
+		locked := unix.Flock(int(lock.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+		if locked == nil {
 			break
 		}
-		if c, err := connect(dir); err == nil {
+		c, err := connect(dir)
+		if err == nil {
 			c.Close()
+		}
+		if err == nil || errors.Is(err, unix.EAGAIN) {
 			lock.Close()
 			return nil, nil
 		}
 		if time.Now().After(end) {
 			lock.Close()
-			return nil, &os.PathError{Op: "flock", Path: lock.Name(), Err: err}
+			return nil, &os.PathError{Op: "flock", Path: lock.Name(), Err: locked}
 		}
 	}
 	if k.socket, err = listen(dir); err != nil {
@@ -251,24 +259,20 @@ func listen(path string) (*os.File, error) {
 	return f, nil
 }
 
-// connect calls the worker.
+// connect calls the worker. EAGAIN says that too many calls wait already.
 func connect(path string) (*Conn, error) {
 	dir, err := os.Open(path)
 	if err != nil {
 		return nil, err
 	}
 	defer dir.Close()
-	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
+	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
 	if err != nil {
 		return nil, os.NewSyscallError("socket", err)
 	}
 	if err := unix.Connect(fd, sockaddr(dir)); err != nil {
 		unix.Close(fd)
 		return nil, &os.PathError{Op: "connect", Path: path + "/" + socketName, Err: err}
-	}
-	if err := unix.SetNonblock(fd, true); err != nil {
-		unix.Close(fd)
-		return nil, os.NewSyscallError("fcntl", err)
 	}
 	return NewConn(os.NewFile(uintptr(fd), "call"))
 }
@@ -305,7 +309,7 @@ func (k *keeper) hopeless(err error) bool {
 	var exit *exec.ExitError
 	if errors.As(err, &exit) && !errors.Is(err, errSilent) {
 		ws, ok := exit.Sys().(syscall.WaitStatus)
-		if ok && (ws.Signaled() && ws.Signal() == syscall.SIGKILL || k.next && ws.ExitStatus() == ExitNext) {
+		if ok && (ws.Signaled() && fromOutside(ws.Signal()) || k.next && ws.ExitStatus() == ExitNext) {
 			return false
 		}
 	}
@@ -319,6 +323,15 @@ func (k *keeper) hopeless(err error) bool {
 	}
 	k.died = k.died[len(k.died)-faults:]
 	return now.Sub(k.died[0]) < faultTime
+}
+
+// fromOutside reports whether a signal that ended a worker was somebody's wish.
+func fromOutside(s syscall.Signal) bool {
+	switch s {
+	case syscall.SIGKILL, syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP:
+		return true
+	}
+	return false
 }
 
 // abort ends all connections.

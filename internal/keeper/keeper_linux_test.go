@@ -2,6 +2,7 @@ package keeper
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -192,8 +193,10 @@ func TestSilence(t *testing.T) {
 // those that are killed.
 func TestFaulty(t *testing.T) {
 	dir, _, end := inTest(t)
-	for range 2 * faults {
-		require.NoError(t, unix.Kill(tell(t, dir, nil, order{Op: "list"}).PID, unix.SIGKILL))
+	for _, signal := range []unix.Signal{unix.SIGKILL, unix.SIGTERM, unix.SIGINT, unix.SIGHUP} {
+		for range faults {
+			require.NoError(t, unix.Kill(tell(t, dir, nil, order{Op: "list"}).PID, signal))
+		}
 	}
 	for range faults {
 		tell(t, dir, nil, order{Op: "exit", Exit: 3})
@@ -337,9 +340,7 @@ func TestStart(t *testing.T) {
 	wg.Wait()
 	slices.Sort(pids)
 	require.Len(t, slices.Compact(pids), 1)
-	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pids[0]))
-	require.NoError(t, err)
-	require.NotContains(t, string(status), fmt.Sprintf("PPid:\t%d\n", os.Getpid()))
+	require.NotEqual(t, os.Getpid(), parent(t, parent(t, pids[0])), "the keeper's parent")
 	for _, name := range []string{socketName, lockName, logName} {
 		fi, err := os.Stat(dir + "/" + name)
 		require.NoError(t, err)
@@ -347,8 +348,72 @@ func TestStart(t *testing.T) {
 	}
 	tell(t, dir, nil, order{Op: "exit"})
 	require.NoError(t, Gone(t.Context(), dir))
-	_, err = Dial(t.Context(), dir, nil)
+	_, err := Dial(t.Context(), dir, nil)
 	require.ErrorIs(t, err, ErrNone)
+}
+
+// TestCallerGone: a keeper goes on if the one who started it does not listen.
+func TestCallerGone(t *testing.T) {
+	dir := t.TempDir()
+	r, w, err := os.Pipe()
+	require.NoError(t, err)
+	require.NoError(t, r.Close())
+	cmd := exec.Command(self, Arg, roleKeep, dir)
+	cmd.Stdout = w
+	require.NoError(t, cmd.Start())
+	require.NoError(t, w.Close())
+	done := make(chan error, 1)
+	go func() { done <- cmd.Wait() }()
+	var pid int
+	require.Eventually(t, func() bool {
+		c, err := Dial(t.Context(), dir, nil)
+		if err != nil {
+			require.ErrorIs(t, err, ErrNone)
+			return false
+		}
+		c.Close()
+		pid = tell(t, dir, nil, order{Op: "list"}).PID
+		return true
+	}, 20*time.Second, 10*time.Millisecond)
+	require.Equal(t, cmd.Process.Pid, parent(t, pid))
+	tell(t, dir, nil, order{Op: "exit"})
+	require.NoError(t, <-done)
+}
+
+func parent(t *testing.T, pid int) (parent int) {
+	t.Helper()
+	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
+	require.NoError(t, err)
+	_, rest, _ := strings.Cut(string(status), "\nPPid:")
+	_, err = fmt.Sscan(rest, &parent)
+	require.NoError(t, err)
+	return parent
+}
+
+// TestBacklog: who calls a helper that takes no more calls waits no longer than
+// wanted, and starts no other.
+func TestBacklog(t *testing.T) {
+	dir := t.TempDir()
+	s, err := listen(dir)
+	require.NoError(t, err)
+	defer s.Close()
+	require.NoError(t, unix.Listen(int(s.Fd()), 0)) // one may wait
+	c, err := Dial(t.Context(), dir, nil)
+	require.NoError(t, err)
+	defer c.Close()
+	enough := errors.New("enough")
+	ctx, cancel := context.WithTimeoutCause(t.Context(), 1500*time.Millisecond, enough)
+	defer cancel()
+	_, err = Dial(ctx, dir, []string{"/nowhere"})
+	require.ErrorIs(t, err, enough)
+	time.AfterFunc(100*time.Millisecond, func() {
+		if fd, _, err := unix.Accept(int(s.Fd())); err == nil {
+			unix.Close(fd)
+		}
+	})
+	later, err := Dial(t.Context(), dir, nil)
+	require.NoError(t, err)
+	later.Close()
 }
 
 // TestStartFails tells what the helper says.

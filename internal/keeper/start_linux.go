@@ -43,7 +43,7 @@ func Named(command []string) ([]string, error) {
 // [ErrNone]. The directory is made if it is missing. ctx bounds the call; the
 // caller closes the connection.
 func Dial(ctx context.Context, dir string, command []string) (*Conn, error) {
-	for try := 0; ; try++ {
+	for try := 0; ; {
 		c, err := connect(dir)
 		if err == nil {
 			return c, nil
@@ -55,16 +55,17 @@ func Dial(ctx context.Context, dir string, command []string) (*Conn, error) {
 		if missing && len(command) == 0 {
 			return nil, ErrNone
 		}
-		if try > 50 {
-			return nil, fmt.Errorf("the helper does not stay: %w", err)
-		}
 		if missing {
+			if try++; try > 50 {
+				return nil, fmt.Errorf("the helper does not stay: %w", err)
+			}
 			if err := Start(ctx, dir, command); err != nil {
 				return nil, err
 			}
 			continue
 		}
-		// Its backlog is full.
+		// Its backlog is full. Calls wait there while there is no worker, and
+		// so does this one, for as long as the caller wants.
 		t := time.NewTimer(20 * time.Millisecond)
 		select {
 		case <-t.C:
