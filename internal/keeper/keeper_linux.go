@@ -112,6 +112,11 @@ const ExitNext = 10
 
 // start runs a keeper and ends when that is ready.
 func start(dir string) error {
+	// What the program had open, and somebody may wait for the end of, ends
+	// with this process.
+	if err := strangers(3, unix.CloseOnExec); err != nil {
+		return err
+	}
 	r, w, err := os.Pipe()
 	if err != nil {
 		return err
@@ -137,6 +142,26 @@ func start(dir string) error {
 		err = fmt.Errorf("the keeper did not start: %s", told)
 	}
 	return err
+}
+
+// strangers calls f with each descriptor from one number up that this process
+// was started with. Those it made since are closed on exec.
+func strangers(from int, f func(int)) error {
+	entries, err := os.ReadDir("/proc/self/fd")
+	if err != nil {
+		return err
+	}
+	for _, e := range entries {
+		fd, err := strconv.Atoi(e.Name())
+		if err != nil || fd < from {
+			continue
+		}
+		flags, err := unix.FcntlInt(uintptr(fd), unix.F_GETFD, 0)
+		if err == nil && flags&unix.FD_CLOEXEC == 0 {
+			f(fd)
+		}
+	}
+	return nil
 }
 
 const ready = "ready"

@@ -329,6 +329,10 @@ func TestStart(t *testing.T) {
 	var mu sync.Mutex
 	var pids []int
 	var wg sync.WaitGroup
+	// The end of this pipe is seen when nobody has it open any more.
+	var open [2]int
+	require.NoError(t, unix.Pipe2(open[:], unix.O_NONBLOCK))
+	defer unix.Close(open[0])
 	for range 4 {
 		wg.Go(func() {
 			a := tell(t, dir, Self(), order{Op: "list"})
@@ -338,6 +342,11 @@ func TestStart(t *testing.T) {
 		})
 	}
 	wg.Wait()
+	require.NoError(t, unix.Close(open[1]))
+	require.Eventually(t, func() bool { // starters may still end
+		n, err := unix.Read(open[0], make([]byte, 1))
+		return n == 0 && err == nil
+	}, 10*time.Second, 10*time.Millisecond, "a descriptor of the program lives on")
 	slices.Sort(pids)
 	require.Len(t, slices.Compact(pids), 1)
 	require.NotEqual(t, os.Getpid(), parent(t, parent(t, pids[0])), "the keeper's parent")

@@ -48,6 +48,10 @@ func runWorker(dir string, work func(*Worker) error) error {
 	for _, fd := range []int{workerControl, workerSocket, workerLock} {
 		unix.CloseOnExec(fd)
 	}
+	// What else there is comes from whatever ran between keeper and worker.
+	if err := strangers(workerLock+1, func(fd int) { unix.Close(fd) }); err != nil {
+		return err
+	}
 	control, err := NewConn(os.NewFile(workerControl, "control"))
 	if err != nil {
 		return err
