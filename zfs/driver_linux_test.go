@@ -1,8 +1,12 @@
 package zfs
 
 import (
+	"archive/tar"
+	"bytes"
 	"context"
 	"errors"
+	"fmt"
+	"math/rand/v2"
 	"os"
 	"path/filepath"
 	"strings"
@@ -10,6 +14,7 @@ import (
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
+	"golang.org/x/sys/unix"
 
 	"github.com/layerfs/layerfs"
 )
@@ -163,6 +168,50 @@ func TestQuota(t *testing.T) {
 	require.ErrorIs(t, d.SetQuota(ctx, "a", layerfs.Quota{Inodes: 1}), errors.ErrUnsupported)
 	require.ErrorIs(t, d.Create(ctx, "b", "", &layerfs.CreateOptions{Quota: layerfs.Quota{Inodes: 1}}), errors.ErrUnsupported)
 	require.NoError(t, d.Remove(ctx, "a"))
+}
+
+// What exceeds RefQuota is refused, and what is removed can be used again. It
+// counts what a layer shares with its parents.
+func TestRefQuotaExceeded(t *testing.T) {
+	requireOpenZFS(t)
+	const mib = 1 << 20
+	d := mustOpen(t, newRootDir(t), &Options{RefQuota: 24 * mib, Properties: map[string]string{"compression": "off"}})
+	ctx := t.Context()
+	data := make([]byte, 32*mib)
+	rand.NewChaCha8([32]byte{}).Read(data)
+	put := func(id, name string, size int) error {
+		path, err := d.Get(ctx, id, nil)
+		require.NoError(t, err)
+		return errors.Join(os.WriteFile(filepath.Join(path, name), data[:size], 0o644), d.Put(ctx, id))
+	}
+	remove := func(id, name string) {
+		fill(t, d, id, func(path string) { require.NoError(t, os.Remove(filepath.Join(path, name))) })
+		mustCommand(t, "zpool", "sync", poolOf(d.m.parent))
+	}
+
+	require.NoError(t, d.Create(ctx, "base", "", nil))
+	value := mustCommand(t, "zfs", "get", "-H", "-p", "-o", "value", "refquota", d.m.dataset("base"))
+	assert.Equal(t, fmt.Sprint(24*mib), strings.TrimSpace(value))
+	require.ErrorIs(t, put("base", "f", 32*mib), unix.EDQUOT)
+	remove("base", "f")
+	require.NoError(t, put("base", "f", 16*mib))
+
+	require.NoError(t, d.Create(ctx, "child", "base", nil))
+	require.ErrorIs(t, put("child", "g", 16*mib), unix.EDQUOT, "the parent's 16 MiB count")
+	remove("child", "g")
+	remove("child", "f")
+	require.NoError(t, put("child", "g", 16*mib), "what is removed does not")
+
+	var stream bytes.Buffer
+	w := tar.NewWriter(&stream)
+	require.NoError(t, w.WriteHeader(&tar.Header{Name: "g", Mode: 0o644, Size: int64(len(data)), Typeflag: tar.TypeReg}))
+	_, err := w.Write(data)
+	require.NoError(t, errors.Join(err, w.Close()))
+	require.NoError(t, d.Create(ctx, "applied", "base", nil))
+	_, err = d.Apply(ctx, "applied", &stream, nil)
+	require.ErrorIs(t, err, layerfs.ErrQuota)
+	require.NoError(t, errors.Join(d.Remove(ctx, "applied"), d.Remove(ctx, "child"), d.Remove(ctx, "base")))
+	assert.Empty(t, layersOf(t, d))
 }
 
 func TestStatus(t *testing.T) {

@@ -520,7 +520,8 @@ func (m *mechanism) Apply(ctx context.Context, chain lifecycle.Chain, r io.Reade
 		return res, err
 	}
 	res, err = archive.Apply(ctx, view.Path, br, &archive.ApplyOptions{ApplyOptions: *opts, Form: archive.Merged})
-	if err != nil && rec.Quota.Bytes > 0 && (errors.Is(err, syscall.EDQUOT) || errors.Is(err, syscall.ENOSPC)) {
+	// EDQUOT may come from RefQuota or from a quota of the parent dataset, too.
+	if errors.Is(err, syscall.EDQUOT) || rec.Quota.Bytes > 0 && errors.Is(err, syscall.ENOSPC) {
 		err = fmt.Errorf("%w: %w", layerfs.ErrQuota, err)
 	}
 	return res, err
