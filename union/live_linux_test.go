@@ -247,7 +247,7 @@ func TestLiveLower(t *testing.T) {
 		require.NoError(t, s.Sync(bg))
 		links := func(want uint64) {
 			t.Helper()
-			assert.Eventually(t, func() bool { return lstat(t, s.path("a")).Nlink == want }, 5*time.Second, time.Millisecond)
+			assert.Eventually(t, func() bool { return uint64(lstat(t, s.path("a")).Nlink) == want }, 5*time.Second, time.Millisecond)
 		}
 		links(2)
 		build(t, s.dir, "l0/c other")

@@ -208,6 +208,63 @@ func TestRenameFurther(t *testing.T) {
 	})
 }
 
+func TestSeveralWritable(t *testing.T) {
+	t.Run("8-B6/links-and-renames-stay-where-the-source-is", func(t *testing.T) {
+		s := prepare(t, 2, "rw/e/", "l0/g text", "l0/h text", "l1/low text")
+		s.mount(t, union.Config{Branches: []union.Branch{
+			{Path: s.rw(""), Perm: union.RW}, {Path: s.lower(0, ""), Perm: union.RW}, {Path: s.lower(1, "")},
+		}})
+		require.NoError(t, os.Link(s.path("g"), s.path("e/g2")))
+		require.NoError(t, os.Rename(s.path("h"), s.path("e/h2")))
+		require.NoError(t, os.Link(s.path("low"), s.path("e/low2")))
+		s.write(t, "g", "changed")
+		assert.Equal(t, "changed", s.read(t, "e/g2"))
+		assert.EqualValues(t, 2, lstat(t, s.path("g")).Nlink)
+		assert.Equal(t, []string{"g2", "h2"}, names(t, s.lower(0, "e")))
+		assert.Equal(t, []string{"low2"}, names(t, s.rw("e")))
+		assert.Equal(t, []string{"g2", "h2", "low2"}, names(t, s.path("e")))
+	})
+	for _, tt := range []struct{ name, mark string }{
+		{"an-opaque-directory", "rw/d/.wh..wh..opq "},
+		{"a-whiteout-of-the-directory", "l0/.wh.d "},
+		{"a-whiteout-of-the-name", "rw/d/.wh.new "},
+	} {
+		t.Run("8-B6/nothing-goes-out-of-sight-below-"+tt.name, func(t *testing.T) {
+			s := prepare(t, 2, "rw/d/", tt.mark, "l1/f text")
+			s.mount(t, union.Config{Branches: []union.Branch{
+				{Path: s.rw(""), Perm: union.RW}, {Path: s.lower(0, ""), Perm: union.ROWH}, {Path: s.lower(1, ""), Perm: union.RW},
+			}})
+			before := shot(t, s.mnt)
+			assert.ErrorIs(t, unix.Rename(s.path("f"), s.path("d/new")), unix.EXDEV)
+			assert.ErrorIs(t, unix.Link(s.path("f"), s.path("d/new")), unix.EXDEV)
+			assert.Equal(t, before, shot(t, s.mnt))
+			sh(t, `mv "$1/f" "$1/d/new"`, s.mnt) // which copies then
+			assert.Equal(t, "text", s.read(t, "d/new"))
+			assert.False(t, missing(s.rw("d/new")))
+		})
+	}
+	t.Run("5-B1/nothing-is-made-out-of-sight", func(t *testing.T) {
+		s := prepare(t, 2, "l0/d/.wh..wh..opq ", "l0/d/seen x", "l0/.wh.gone ", "l1/d/hidden x", "l1/gone x", "l1/f x")
+		s.mount(t, union.Config{Branches: []union.Branch{
+			{Path: s.lower(0, ""), Perm: union.ROWH}, {Path: s.rw(""), Perm: union.RW}, {Path: s.lower(1, "")},
+		}})
+		for what, err := range map[string]error{
+			"create":  os.WriteFile(s.path("d/new"), nil, 0o600),
+			"mkdir":   os.Mkdir(s.path("d/new"), 0o700),
+			"symlink": os.Symlink("x", s.path("d/new")),
+			"rename":  unix.Rename(s.path("f"), s.path("d/new")),
+			"link":    unix.Link(s.path("f"), s.path("d/new")),
+			"over":    os.WriteFile(s.path("gone"), nil, 0o600),
+		} {
+			assert.ErrorIs(t, err, unix.EROFS, what)
+		}
+		assert.Equal(t, []string{"seen"}, names(t, s.path("d")))
+		assert.True(t, missing(s.rw("d")))
+		s.write(t, "new", "x")
+		assert.Equal(t, []string{"d", "f", "new"}, names(t, s.mnt))
+	})
+}
+
 func TestInodeNumbers(t *testing.T) {
 	t.Run("B1-B2/different-files-have-different-numbers", func(t *testing.T) {
 		// Branches on file systems whose own numbers are the same.

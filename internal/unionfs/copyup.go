@@ -78,6 +78,9 @@ func (fs *FS) copyUpDir(parent *Node, name string, dir *Node, w *Branch) (*inst,
 	if moved || pi == nil {
 		return nil, nil
 	}
+	if err := fs.covered(parent, name, dir, w); err != nil {
+		return nil, err
+	}
 	src, err := dir.where()
 	if err != nil {
 		return nil, err
@@ -120,6 +123,54 @@ func (fs *FS) copyUpDir(parent *Node, name string, dir *Node, w *Branch) (*inst,
 	fs.tabMu.Unlock()
 	fs.stats.CopyUps.Add(1)
 	return i, nil
+}
+
+// covered says whether an instance of dir on w would stay out of sight, below
+// an opaque one or a whiteout. With the topmost branch as w it costs nothing.
+func (fs *FS) covered(parent *Node, name string, dir *Node, w *Branch) error {
+	test := func(is []*inst, hides func(fd int) (bool, error)) error {
+		for _, i := range is {
+			if fs.index(i.br) >= fs.index(w) {
+				return nil
+			}
+			if !i.br.perm.Whiteouts() {
+				continue
+			}
+			fd, err := i.pin()
+			if err == unix.ESTALE {
+				continue
+			}
+			if err != nil {
+				return err
+			}
+			yes, err := hides(fd)
+			i.unpin()
+			if err == nil && yes {
+				err = fs.outOfSight(w)
+			}
+			if err != nil {
+				return err
+			}
+		}
+		return nil
+	}
+	if err := test(dir.instList(), fs.format.Opaque); err != nil {
+		return err
+	}
+	return test(parent.instList(), func(fd int) (bool, error) {
+		var st unix.Stat_t
+		kind, err := fs.format.Probe(fd, name, true, &st)
+		return kind == Whiteout, err
+	})
+}
+
+// outOfSight is the error for what cannot be done on w, since something above
+// would hide it: EXDEV if it can be done there by copying.
+func (fs *FS) outOfSight(w *Branch) error {
+	if fs.topRW() == w {
+		return unix.EROFS
+	}
+	return unix.EXDEV
 }
 
 // keepTimes returns a function that sets the times of fd back: copying

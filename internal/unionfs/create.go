@@ -57,11 +57,10 @@ type spot struct {
 
 // withSpot finds out where name can be made in dir and calls f with dir
 // locked.
-func (fs *FS) withSpot(dir *Node, name string, f func(*spot) error) error {
+func (fs *FS) withSpot(dir *Node, name string, w *Branch, f func(*spot) error) error {
 	if err := fs.checkName(name); err != nil {
 		return err
 	}
-	w := fs.topRW()
 	if w == nil {
 		return unix.EROFS
 	}
@@ -84,7 +83,7 @@ func (fs *FS) withSpot(dir *Node, name string, f func(*spot) error) error {
 	}
 	s := spot{in: in, white: at.white == in}
 	if at.white != nil && fs.index(at.white.br) < fs.index(w) {
-		return unix.EROFS // hidden by a read-only branch above
+		return fs.outOfSight(w)
 	}
 	if s.fd, err = in.pin(); err != nil {
 		return err
@@ -123,7 +122,7 @@ func (fs *FS) make(dir *Node, name string, mode uint32, c Cred, st *unix.Stat_t,
 	fs.stackMu.RLock()
 	defer fs.stackMu.RUnlock()
 	isDir := mode&unix.S_IFMT == unix.S_IFDIR
-	err = fs.withSpot(dir, name, func(s *spot) error {
+	err = fs.withSpot(dir, name, fs.topRW(), func(s *spot) error {
 		if !s.acl {
 			mode &^= c.Umask & 0o777
 		}
@@ -305,13 +304,11 @@ func (fs *FS) Link(n *Node, dir *Node, name string, st *unix.Stat_t) error {
 	}
 	n.copyMu.Lock() // no other link or removal decides about n's names
 	defer n.copyMu.Unlock()
-	err := fs.withSpot(dir, name, func(s *spot) error {
-		fs.tabMu.Lock()
-		br := n.br
-		fs.tabMu.Unlock()
-		if br != s.in.br {
-			return unix.EXDEV
-		}
+	// On the branch where n lies (rule 8 B6), which stays while copyMu is held.
+	fs.tabMu.Lock()
+	br := n.br
+	fs.tabMu.Unlock()
+	err := fs.withSpot(dir, name, br, func(s *spot) error {
 		r, err := n.where()
 		if err != nil {
 			return err

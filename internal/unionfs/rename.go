@@ -159,7 +159,7 @@ func (m *mover) locked() (fix func() error, err error) {
 		return nil, unix.EXDEV // the target would stay in front
 	}
 	if m.b.white != nil && fs.index(m.b.white.br) < fs.index(m.w) {
-		return nil, unix.EROFS
+		return nil, fs.outOfSight(m.w)
 	}
 	if m.bin = m.to.instOn(m.w); m.bin == nil {
 		to, w := m.to, m.w
