@@ -45,6 +45,11 @@ const (
 	// not started again.
 	faults    = 5
 	faultTime = time.Minute
+	// Between workers that end before they are ready there are pauses, the
+	// first so short that a user notices nothing, each twice as long as the one
+	// before: what kills them may be the want of memory for what they do.
+	minPause = 10 * time.Millisecond
+	maxPause = 5 * time.Second
 )
 
 // item is what a keeper has under a name.
@@ -72,6 +77,7 @@ const (
 	opStore = "store" // worker: with descriptors, replaces what is there
 	opDrop  = "drop"  // worker
 	opNext  = "next"  // worker: the program to run after this worker
+	opReady = "ready" // worker: it goes on with what there was
 )
 
 // Main is what a helper program does: it must be called first thing in main.
@@ -201,6 +207,8 @@ type keeper struct {
 	socket         *os.File
 	argv           []string // of the next worker
 	next           bool     // the worker has said what comes after it
+	ready          bool     // the worker has come as far as to take calls
+	pause          time.Duration
 	items          map[string]item
 	died           []time.Time // workers of their own fault
 	pulse, silence time.Duration
@@ -306,6 +314,7 @@ func connect(path string) (*Conn, error) {
 // first one has been started.
 func (k *keeper) run(first func()) error {
 	for {
+		k.ready = false
 		w, err := k.startWorker()
 		if first != nil {
 			first()
@@ -325,12 +334,22 @@ func (k *keeper) run(first func()) error {
 		if k.hopeless(err) {
 			return fmt.Errorf("the worker dies again and again: %w", errors.Join(err, k.abort()))
 		}
+		if k.ready {
+			k.pause = 0
+		} else {
+			k.pause = min(max(2*k.pause, minPause), maxPause)
+			time.Sleep(k.pause)
+		}
 	}
 }
 
 // hopeless reports whether to give up. Who is killed from outside can try
-// again as often as that happens.
+// again as often as that happens, and so can who does not get what is needed to
+// start.
 func (k *keeper) hopeless(err error) bool {
+	if scarce(err) || errors.Is(err, unix.EAGAIN) { // of fork(2)
+		return false
+	}
 	var exit *exec.ExitError
 	if errors.As(err, &exit) && !errors.Is(err, errSilent) {
 		ws, ok := exit.Sys().(syscall.WaitStatus)
@@ -531,8 +550,10 @@ func (k *keeper) handle(w *worker, m message, fds []int) {
 				delete(k.items, name)
 			}
 		}
+	case opReady:
+		k.ready = true
 	case opNext:
-		k.next = true
+		k.next, k.ready = true, true
 		if len(m.Argv) > 0 {
 			k.argv = append(m.Argv[:len(m.Argv):len(m.Argv)], Arg, roleWork, k.dir)
 		}

@@ -52,6 +52,9 @@ func testWorker(w *Worker) error {
 		}
 		items[it.Name] = string(b)
 	}
+	if err := w.Ready(); err != nil {
+		return err
+	}
 	for {
 		c, err := w.Accept()
 		if err != nil {
@@ -195,7 +198,11 @@ func TestFaulty(t *testing.T) {
 	dir, _, end := inTest(t)
 	for _, signal := range []unix.Signal{unix.SIGKILL, unix.SIGTERM, unix.SIGINT, unix.SIGHUP} {
 		for range faults {
-			require.NoError(t, unix.Kill(tell(t, dir, nil, order{Op: "list"}).PID, signal))
+			pid := tell(t, dir, nil, order{Op: "list"}).PID
+			require.NoError(t, unix.Kill(pid, signal))
+			require.Eventually(t, func() bool { // it may still take a call
+				return unix.Kill(pid, 0) == unix.ESRCH
+			}, 10*time.Second, time.Millisecond)
 		}
 	}
 	for range faults {
@@ -236,6 +243,30 @@ func TestScarce(t *testing.T) {
 	}
 	tell(t, dir, nil, order{Op: "exit"})
 	require.NoError(t, end())
+}
+
+// TestPause: workers that are killed before they can do anything are started
+// again and again, but not without end in an instant.
+func TestPause(t *testing.T) {
+	dir := t.TempDir()
+	k, err := newKeeper(dir)
+	require.NoError(t, err)
+	defer k.close()
+	own, err := os.Readlink(self)
+	require.NoError(t, err)
+	const script = `echo >>"$4/starts"; [ $(wc -l <"$4/starts") -gt 6 ] && exec "$@"; kill -9 $$`
+	k.argv = []string{"/bin/sh", "-c", script, "sh", own, Arg, roleWork, dir}
+	began := time.Now()
+	done := make(chan error, 1)
+	go func() { done <- k.run(nil) }()
+	tell(t, dir, nil, order{Op: "list"})
+	require.Greater(t, time.Since(began), 630*time.Millisecond, "10 + 20 + 40 + 80 + 160 + 320 ms")
+	before := tell(t, dir, nil, order{Op: "list"}).PID
+	require.NoError(t, unix.Kill(before, unix.SIGKILL))
+	require.Eventually(t, func() bool { return unix.Kill(before, 0) == unix.ESRCH }, 10*time.Second, time.Millisecond)
+	tell(t, dir, nil, order{Op: "exit"})
+	require.NoError(t, <-done)
+	require.Zero(t, k.pause, "after a worker that was ready")
 }
 
 // TestNextFails: a program that cannot take over is not tried twice.

@@ -187,6 +187,12 @@ func (w *Worker) DropLater(name string) error {
 // matches [ErrNoKeeper] if there is none: the worker must not end then.
 func (w *Worker) Next(argv []string) error { return w.tell(message{Op: opNext, Argv: argv}) }
 
+// Ready tells the keeper that the worker goes on with all that earlier ones
+// stored. One that ends before is replaced after a pause.
+func (w *Worker) Ready() error {
+	return withoutKeeper(noKeeper(w.control.Send(message{Op: opReady})))
+}
+
 // Accept takes a call. While there is no descriptor or memory for one, calls
 // wait. Close ends it; any error is for good.
 func (w *Worker) Accept() (*Conn, error) {

@@ -65,6 +65,9 @@ func Work(w *keeper.Worker) error {
 	if err := h.resume(w.Kept()); err != nil {
 		return err
 	}
+	if err := w.Ready(); err != nil {
+		return err
+	}
 	h.mu.Lock()
 	h.idle = time.AfterFunc(idleFor, h.maybeEnd)
 	h.mu.Unlock()
