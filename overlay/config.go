@@ -19,6 +19,7 @@ type config struct {
 	Metacopy bool   `json:"metacopy,omitempty"` // metacopy files may occur
 	Volatile bool   `json:"volatile,omitempty"` // layers may have been mounted volatile
 	AUFS     bool   `json:"aufs,omitempty"`     // a mount program may have made AUFS whiteouts
+	Union    bool   `json:"union,omitempty"`    // package union may have left names of its own
 }
 
 func configPath(home string) string { return filepath.Join(home, ".layerfs", "overlay.json") }
@@ -51,6 +52,7 @@ func loadConfig(home string, want config) (config, error) {
 		Metacopy: have.Metacopy || want.Metacopy,
 		Volatile: have.Volatile || want.Volatile,
 		AUFS:     have.AUFS || want.AUFS,
+		Union:    have.Union || want.Union,
 	}
 	if merged == have {
 		return merged, nil

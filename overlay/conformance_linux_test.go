@@ -1,6 +1,8 @@
 package overlay_test
 
 import (
+	"errors"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"testing"
@@ -9,13 +11,21 @@ import (
 
 	"github.com/layerfs/layerfs"
 	"github.com/layerfs/layerfs/drivertest"
+	"github.com/layerfs/layerfs/internal/overlaymount"
 	"github.com/layerfs/layerfs/internal/testenv"
 	"github.com/layerfs/layerfs/overlay"
 	"github.com/layerfs/layerfs/vfs"
 )
 
 func TestMain(m *testing.M) {
-	drivertest.Child(harness(), redirecting())
+	if status, program := overlaymount.Main(os.Args); program {
+		os.Exit(status)
+	}
+	// Else each process that the race detector watches takes a second to end.
+	if err := os.Setenv("GORACE", os.Getenv("GORACE")+" atexit_sleep_ms=0"); err != nil {
+		panic(err)
+	}
+	drivertest.Child(harness(), redirecting(), united())
 	os.Exit(testenv.Main(m))
 }
 
@@ -33,6 +43,36 @@ func redirecting() drivertest.Harness {
 	return withOptions("overlay-redirect", &overlay.Options{
 		Durability: layerfs.DurabilityFull, RedirectDir: "on", Metacopy: "on", XIno: "auto",
 	})
+}
+
+// united mounts by package union.
+func united() drivertest.Harness {
+	h := withOptions("overlay-union", nil)
+	h.New = func(root string) (layerfs.Driver, error) {
+		program, err := layerfsProgram(root)
+		if err != nil {
+			return nil, err
+		}
+		return overlay.New(root, &overlay.Options{Durability: layerfs.DurabilityNone, MountProgram: program})
+	}
+	delete(h.Deviates, "HardLinkCounts") // whose layers change no file with several names
+	h.Deviates["RenameLowerDirectory"] = "EXDEV without redirect_dir, overlayfs.rst"
+	h.Deviates["OpenFileSeesWrites"] = "a file opened before its copy-up keeps the old content while data is passed through, package union"
+	return h
+}
+
+// layerfsProgram gives this test program the name that makes it the mount
+// program layerfs.
+func layerfsProgram(dir string) (string, error) {
+	exe, err := os.Executable()
+	if err != nil {
+		return "", err
+	}
+	link := filepath.Join(dir, "layerfs")
+	if err := os.Symlink(exe, link); err != nil && !errors.Is(err, fs.ErrExist) {
+		return "", err
+	}
+	return link, nil
 }
 
 func withOptions(name string, opts *overlay.Options) drivertest.Harness {
@@ -58,6 +98,24 @@ func TestConformance(t *testing.T) {
 func TestConformanceRedirect(t *testing.T) {
 	requireOverlay(t)
 	drivertest.Run(t, redirecting())
+}
+
+// TestConformanceUnion does not need overlayfs. Each mount is two processes
+// more, which takes time.
+func TestConformanceUnion(t *testing.T) {
+	if testing.Short() {
+		t.Skip("mounts thousands of times; TestUnionProgram is the short form")
+	}
+	requireFUSE(t)
+	drivertest.Run(t, united())
+}
+
+func requireFUSE(t *testing.T) {
+	t.Helper()
+	testenv.RequireRoot(t)
+	if _, err := os.Stat("/dev/fuse"); err != nil {
+		testenv.SkipUnsupported(t, &layerfs.UnsupportedError{Feature: "FUSE", Reason: err.Error()}, "overlay-union")
+	}
 }
 
 func requireOverlay(t *testing.T) {

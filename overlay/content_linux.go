@@ -109,7 +109,7 @@ func (m *mechanism) NativeChanges(ctx context.Context, chain lifecycle.Chain, ba
 }
 
 func (m *mechanism) rules() rules {
-	return rules{prefix: m.prefix(), aufs: m.conf.AUFS}
+	return rules{prefix: m.prefix(), aufs: m.conf.AUFS, union: m.conf.Union}
 }
 
 // Usage counts the files of the upper directory; a project quota knows it.

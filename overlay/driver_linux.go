@@ -115,7 +115,8 @@ func (m *mechanism) wanted() config {
 		Redirect: m.opts.RedirectDir == "on",
 		Metacopy: m.opts.Metacopy == "on",
 		Volatile: m.opts.Volatile,
-		AUFS:     m.opts.MountProgram != "",
+		AUFS:     m.opts.MountProgram != "" && !m.opts.union(),
+		Union:    m.opts.union(),
 	}
 	if m.opts.UserXattr == "on" {
 		c.Xattrs = "user"

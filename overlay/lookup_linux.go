@@ -20,13 +20,14 @@ import (
 type rules struct {
 	prefix string // of overlayfs's own xattrs
 	aufs   bool   // also by AUFS names, as fuse-overlayfs does where it cannot make devices
+	union  bool   // names with whiteout.MetaPrefix are package union's, and not of the tree
 }
 
 // Name stands each AUFS whiteout for the name it hides; the other ones have
 // that name.
 func (r rules) Name(entry string) (string, bool) {
 	if !r.aufs {
-		return entry, true
+		return entry, !r.union || !whiteout.IsMeta(entry)
 	}
 	base, ok, err := whiteout.Target(entry)
 	switch {

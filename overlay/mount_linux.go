@@ -145,6 +145,9 @@ func (m *mechanism) Unmount(ctx context.Context, rec *lifecycle.Record) error {
 	if errors.Is(err, mount.ErrNotMounted) || errors.Is(err, os.ErrNotExist) {
 		return nil
 	}
+	if err == nil && m.opts.union() {
+		err = m.released(ctx, rec.ID)
+	}
 	return err
 }
 

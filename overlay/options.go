@@ -51,9 +51,20 @@ type Options struct {
 
 	// MountProgram is the path of a program that mounts in place of the
 	// kernel, such as fuse-overlayfs, for hosts that refuse overlayfs. It is
-	// called as "PROGRAM -o OPTIONS TARGET" and must write overlayfs's form.
+	// called as "PROGRAM -o OPTIONS TARGET" and must write overlayfs's form,
+	// or AUFS's where it cannot make devices.
+	//
+	// A program of the name layerfs is called as "layerfs mount-overlay -o
+	// OPTIONS TARGET". It is the engine of package union, which needs
+	// /dev/fuse and CAP_SYS_ADMIN, always writes overlayfs's form, and keeps
+	// names that begin with ".wh..wh." for itself: in the tree they cannot be
+	// made, and are not seen. It serves each mount from a process of its own,
+	// which ends with the mount.
 	MountProgram string
 }
+
+// union reports whether the mount program is that of package union.
+func (o *Options) union() bool { return filepath.Base(o.MountProgram) == "layerfs" }
 
 // validate returns all that is wrong with the options themselves.
 func (o *Options) validate() error {

@@ -9,7 +9,9 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -35,7 +37,42 @@ func (m *mechanism) runProgram(ctx context.Context, plan *mount.Overlay, target 
 	if plan.Flags&mount.ReadOnly != 0 {
 		options = append(options, "ro")
 	}
-	return run(ctx, m.opts.MountProgram, "-o", strings.Join(options, ","), target)
+	args := []string{"-o", strings.Join(options, ","), target}
+	if m.opts.union() {
+		args = slices.Insert(args, 0, "mount-overlay")
+	}
+	return run(ctx, m.opts.MountProgram, args...)
+}
+
+// released waits until package union has let a layer go after it was unmounted:
+// until then its files are not as they will be. One that is still in use is not
+// waited for long.
+func (m *mechanism) released(ctx context.Context, id string) error {
+	f, err := os.Open(m.upper(id))
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	const patience = 500 * time.Millisecond // the next mount waits, too
+	end := time.Now().Add(patience)
+	for wait := 200 * time.Microsecond; ; wait = min(2*wait, 20*time.Millisecond) {
+		err := unix.Flock(int(f.Fd()), unix.LOCK_SH|unix.LOCK_NB)
+		switch {
+		case errors.Is(err, unix.EINTR):
+			continue
+		case err == nil:
+			return nil
+		case !errors.Is(err, unix.EWOULDBLOCK):
+			return &os.PathError{Op: "flock", Path: f.Name(), Err: err}
+		case time.Now().After(end):
+			return nil
+		}
+		select {
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		case <-time.After(wait):
+		}
+	}
 }
 
 // unmountProgram unmounts what a mount program mounted; without privilege only

@@ -13,6 +13,10 @@
 // The layers are below --root, $LAYERFS_ROOT, or a directory of the user. Which
 // driver keeps them is chosen as in package auto.
 //
+// With --opt overlay.mount_program=/path/to/layerfs the command itself merges
+// the layers of overlay, on hosts where the kernel refuses to; it is then called
+// as "layerfs mount-overlay -o lowerdir=…,upperdir=…,workdir=… TARGET".
+//
 // # Output
 //
 // Results go to standard output and everything else to standard error. With
@@ -46,10 +50,14 @@ import (
 	"syscall"
 
 	"github.com/layerfs/layerfs/aufs"
+	"github.com/layerfs/layerfs/internal/overlaymount"
 )
 
 func main() {
 	aufs.Main() // does not return in the process that serves the mounts of aufs
+	if status, program := overlaymount.Main(os.Args); program {
+		os.Exit(status)
+	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	code := run(ctx, os.Args, os.Stdin, os.Stdout, os.Stderr)
 	stop()

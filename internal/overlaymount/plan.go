@@ -1,0 +1,179 @@
+package overlaymount
+
+import (
+	"errors"
+	"fmt"
+	"path/filepath"
+	"strings"
+
+	"github.com/layerfs/layerfs/union"
+)
+
+// plan is a mount as the command line describes it.
+type plan struct {
+	Target    string
+	Lowers    []string // top first
+	Upper     string   // "" for none
+	UserXattr bool
+	ReadOnly  bool
+	NoSuid    bool
+	NoDev     bool
+	NoExec    bool
+}
+
+// parse reads the arguments behind the command. The error is for whoever called
+// the program.
+func parse(args []string) (*plan, error) {
+	p := new(plan)
+	var options []string
+	for len(args) > 0 && strings.HasPrefix(args[0], "-o") {
+		list := args[0][2:]
+		args = args[1:]
+		if list == "" && len(args) > 0 {
+			list, args = args[0], args[1:]
+		}
+		options = append(options, list)
+	}
+	if len(args) > 0 && args[0] == "--" {
+		args = args[1:]
+	} else if len(args) > 0 && strings.HasPrefix(args[0], "-") {
+		return nil, fmt.Errorf("argument %q is not -o OPTIONS", args[0])
+	}
+	if len(args) != 1 || args[0] == "" {
+		return nil, fmt.Errorf("the arguments are -o OPTIONS TARGET, not %q behind the options", args)
+	}
+	p.Target = args[0]
+	work := ""
+	for _, list := range options {
+		for _, opt := range split(list, ',') {
+			if err := p.set(opt, &work); err != nil {
+				return nil, err
+			}
+		}
+	}
+	switch {
+	case len(p.Lowers) == 0:
+		return nil, errors.New("option lowerdir is missing")
+	case work != "" && p.Upper == "":
+		return nil, errors.New("option workdir needs upperdir")
+	}
+	return p, nil
+}
+
+// set takes one option.
+func (p *plan) set(opt string, work *string) (err error) {
+	key, value, _ := strings.Cut(opt, "=")
+	switch key {
+	case "lowerdir":
+		p.Lowers = nil
+		for _, dir := range split(value, ':') {
+			lower, err := unescape(key, dir)
+			if err != nil {
+				return err
+			}
+			p.Lowers = append(p.Lowers, lower)
+		}
+		return nil
+	case "upperdir":
+		p.Upper, err = unescape(key, value)
+		return err
+	case "workdir":
+		*work, err = unescape(key, value)
+		return err
+	}
+	switch opt {
+	case "", "allow_other", "default_permissions":
+	case "userxattr":
+		p.UserXattr = true
+	case "ro", "rw":
+		p.ReadOnly = opt == "ro"
+	case "suid", "nosuid":
+		p.NoSuid = opt == "nosuid"
+	case "dev", "nodev":
+		p.NoDev = opt == "nodev"
+	case "exec", "noexec":
+		p.NoExec = opt == "noexec"
+	default:
+		return fmt.Errorf("option %q is not known", opt)
+	}
+	return nil
+}
+
+// split cuts a list at a separator that is not behind a backslash, and leaves
+// the backslashes.
+func split(list string, sep byte) []string {
+	var parts []string
+	start := 0
+	for i := 0; i < len(list); i++ {
+		switch list[i] {
+		case '\\':
+			i++
+		case sep:
+			parts = append(parts, list[start:i])
+			start = i + 1
+		}
+	}
+	return append(parts, list[start:])
+}
+
+// unescape takes one level of backslashes away from the path of an option.
+func unescape(key, s string) (string, error) {
+	if s == "" {
+		return "", fmt.Errorf("option %s names no directory", key)
+	}
+	var b strings.Builder
+	for i := 0; i < len(s); i++ {
+		if s[i] == '\\' {
+			if i++; i == len(s) {
+				return "", fmt.Errorf("option %s: path %q ends in a backslash", key, s)
+			}
+		}
+		b.WriteByte(s[i])
+	}
+	return b.String(), nil
+}
+
+// absolute makes all paths absolute, as the server has another working
+// directory.
+func (p *plan) absolute() (err error) {
+	paths := []*string{&p.Target}
+	if p.Upper != "" {
+		paths = append(paths, &p.Upper)
+	}
+	for i := range p.Lowers {
+		paths = append(paths, &p.Lowers[i])
+	}
+	for _, path := range paths {
+		if *path, err = filepath.Abs(*path); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// config is the union of the plan.
+func (p *plan) config() *union.Config {
+	c := &union.Config{
+		Format:    union.Overlay,
+		UDBA:      union.None, // lower directories of an overlay do not change
+		ReadOnly:  p.ReadOnly || p.Upper == "",
+		AllowSuid: !p.NoSuid,
+		AllowDev:  !p.NoDev,
+		NoExec:    p.NoExec,
+		Source:    "overlay",
+	}
+	if p.UserXattr {
+		c.Format = union.OverlayUser
+	}
+	if p.Upper != "" {
+		perm := union.RW
+		if p.ReadOnly {
+			perm = union.ROWH
+		}
+		c.Branches = append(c.Branches, union.Branch{Path: p.Upper, Perm: perm})
+	}
+	for _, dir := range p.Lowers {
+		c.Branches = append(c.Branches, union.Branch{Path: dir, Perm: union.ROWH})
+	}
+	return c
+}

@@ -1,0 +1,88 @@
+package overlaymount
+
+import (
+	"testing"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	"github.com/layerfs/layerfs/internal/mount"
+	"github.com/layerfs/layerfs/union"
+)
+
+func TestParse(t *testing.T) {
+	for name, tt := range map[string]struct {
+		args []string
+		want plan
+		bad  string
+	}{
+		"writable": {
+			args: []string{"-o", "lowerdir=/b:/a,upperdir=/u,workdir=/w", "/t"},
+			want: plan{Target: "/t", Lowers: []string{"/b", "/a"}, Upper: "/u"},
+		},
+		"read-only": {
+			args: []string{"-o", "lowerdir=/b:/a,ro", "/t"},
+			want: plan{Target: "/t", Lowers: []string{"/b", "/a"}, ReadOnly: true},
+		},
+		"flags": {
+			args: []string{"-olowerdir=/a", "-o", "userxattr,nosuid,nodev,noexec,suid,allow_other,default_permissions", "--", "-t"},
+			want: plan{Target: "-t", Lowers: []string{"/a"}, UserXattr: true, NoDev: true, NoExec: true},
+		},
+		"escapes": {
+			args: []string{"-o", `lowerdir=/a\:1:/b\,2:/c\\:/=3,upperdir=/u\:\,,workdir=/w\\`, "/t"},
+			want: plan{Target: "/t", Lowers: []string{"/a:1", "/b,2", `/c\`, "/=3"}, Upper: "/u:,"},
+		},
+		"none":              {bad: "arguments"},
+		"no-target":         {args: []string{"-o", "lowerdir=/a"}, bad: "arguments"},
+		"two-targets":       {args: []string{"-o", "lowerdir=/a", "/t", "/u"}, bad: "arguments"},
+		"no-lower":          {args: []string{"-o", "upperdir=/u", "/t"}, bad: "lowerdir is missing"},
+		"empty-lower":       {args: []string{"-o", "lowerdir=/a::/b", "/t"}, bad: "lowerdir names no directory"},
+		"empty-upper":       {args: []string{"-o", "lowerdir=/a,upperdir=", "/t"}, bad: "upperdir names no directory"},
+		"work-alone":        {args: []string{"-o", "lowerdir=/a,workdir=/w", "/t"}, bad: "workdir needs upperdir"},
+		"open-escape":       {args: []string{"-o", `lowerdir=/a\`, "/t"}, bad: "ends in a backslash"},
+		"unknown-option":    {args: []string{"-o", "lowerdir=/a,squash_to_root", "/t"}, bad: `"squash_to_root" is not known`},
+		"label":             {args: []string{"-o", `lowerdir=/a,context="u:r:t:s0:c1,c2"`, "/t"}, bad: "context"},
+		"value-of-a-flag":   {args: []string{"-o", "lowerdir=/a,ro=no", "/t"}, bad: `"ro=no" is not known`},
+		"unknown-argument":  {args: []string{"-f", "-o", "lowerdir=/a", "/t"}, bad: `"-f"`},
+		"option-of-nothing": {args: []string{"-o"}, bad: "arguments"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			got, err := parse(tt.args)
+			if tt.bad != "" {
+				require.ErrorContains(t, err, tt.bad)
+				return
+			}
+			require.NoError(t, err)
+			assert.Equal(t, tt.want, *got)
+		})
+	}
+}
+
+// FuzzEscapes takes apart what the plan of a kernel mount writes.
+func FuzzEscapes(f *testing.F) {
+	f.Add("/a", "/b:c", `/u\`)
+	f.Add(",", `\,`, ":=")
+	f.Fuzz(func(t *testing.T, a, b, upper string) {
+		o := mount.Overlay{Lowers: []string{a, b}, Upper: upper, Work: "/w", UserXattr: true}
+		if a == "" || b == "" || upper == "" || o.Validate() != nil {
+			return
+		}
+		got, err := parse([]string{"-o", o.Data(), "/t"})
+		require.NoError(t, err)
+		require.Equal(t, plan{Target: "/t", Lowers: o.Lowers, Upper: upper, UserXattr: true}, *got)
+	})
+}
+
+func TestConfig(t *testing.T) {
+	p := plan{Lowers: []string{"/b", "/a"}, Upper: "/u", UserXattr: true, NoDev: true}
+	rw := p.config()
+	assert.Equal(t, union.OverlayUser, rw.Format)
+	assert.Equal(t, []union.Branch{{Path: "/u", Perm: union.RW}, {Path: "/b", Perm: union.ROWH}, {Path: "/a", Perm: union.ROWH}}, rw.Branches)
+	assert.True(t, rw.AllowSuid && !rw.AllowDev && !rw.NoExec && !rw.ReadOnly)
+	p.ReadOnly = true
+	ro := p.config()
+	assert.True(t, ro.ReadOnly)
+	assert.Equal(t, union.ROWH, ro.Branches[0].Perm, "ro does not touch upperdir")
+	p = plan{Lowers: []string{"/a"}}
+	assert.True(t, p.config().ReadOnly)
+}

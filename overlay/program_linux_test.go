@@ -1,0 +1,146 @@
+package overlay
+
+import (
+	"bytes"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/require"
+	"golang.org/x/sys/unix"
+
+	"github.com/layerfs/layerfs"
+	"github.com/layerfs/layerfs/internal/mount"
+	"github.com/layerfs/layerfs/internal/testenv"
+	"github.com/layerfs/layerfs/internal/tree"
+)
+
+// layerfsProgram gives this test program the name that makes it the mount
+// program layerfs: TestMain plays its part.
+func layerfsProgram(t *testing.T) string {
+	t.Helper()
+	testenv.RequireRoot(t)
+	if _, err := os.Stat("/dev/fuse"); err != nil {
+		testenv.SkipUnsupported(t, &layerfs.UnsupportedError{Feature: "FUSE", Reason: err.Error()}, "overlay-union")
+	}
+	exe, err := os.Executable()
+	require.NoError(t, err)
+	link := t.TempDir() + "/layerfs"
+	require.NoError(t, os.Symlink(exe, link))
+	return link
+}
+
+// servers returns the processes that serve a mount below a directory.
+func servers(t *testing.T, dir string) (list []string) {
+	t.Helper()
+	procs, err := filepath.Glob("/proc/[0-9]*/cmdline")
+	require.NoError(t, err)
+	for _, p := range procs {
+		b, err := os.ReadFile(p)
+		if err == nil && bytes.Contains(b, []byte("\x00mount-overlay-serve\x00"+dir)) {
+			list = append(list, p)
+		}
+	}
+	return list
+}
+
+// TestUnionProgram has layers that package union wrote read by the driver, and
+// by the kernel where it can.
+func TestUnionProgram(t *testing.T) {
+	program := layerfsProgram(t)
+	for _, userXattr := range []string{"off", "on"} {
+		t.Run("userxattr="+userXattr, func(t *testing.T) {
+			// Bytes that lists of options and of directories are made of.
+			root := t.TempDir() + "/r:o,o\\t\n\xff"
+			d := mustNew(t, root, &Options{MountProgram: program, UserXattr: userXattr})
+			require.False(t, d.m.conf.AUFS)
+			ctx := t.Context()
+			stack(t, d)
+			top := mustGet(t, d, "top")
+			st, err := mount.Query(top)
+			require.NoError(t, err)
+			require.EqualValues(t, unix.FUSE_SUPER_MAGIC, st.Magic)
+			require.Len(t, servers(t, d.m.home), 1)
+			require.NoError(t, os.Remove(top+"/g"))
+			require.NoError(t, os.RemoveAll(top+"/d"))
+			require.NoError(t, os.Mkdir(top+"/d", 0o755))
+			require.NoError(t, os.WriteFile(top+"/d/new", []byte("n"), 0o644))
+			var white unix.Stat_t
+			require.NoError(t, unix.Lstat(d.m.upper("top")+"/g", &white))
+			require.EqualValues(t, unix.S_IFCHR, white.Mode&unix.S_IFMT)
+			want := "C /\nC /d\nD /d/f\nA /d/new\nD /g\n"
+			require.Equal(t, want, tree.FormatChanges(changes(t, d, "top", "base")), "while mounted")
+			require.NoError(t, d.Put(ctx, "top"))
+			require.Equal(t, want, tree.FormatChanges(changes(t, d, "top", "base")))
+			oracle(t, d, "top", "base")
+			apply(t, d, "top", "base")
+			// Names of AUFS are names like others, but for its own.
+			require.NoError(t, d.Create(ctx, "names", "base", nil))
+			names := mustGet(t, d, "names")
+			require.NoError(t, os.WriteFile(names+"/.wh.g", nil, 0o644))
+			require.Error(t, os.WriteFile(names+"/.wh..wh.g", nil, 0o644))
+			require.FileExists(t, names+"/g")
+			require.NoError(t, d.Put(ctx, "names"))
+			require.Equal(t, "C /\nA /.wh.g\n", tree.FormatChanges(changes(t, d, "names", "base")))
+			require.Eventually(t, func() bool { return len(servers(t, d.m.home)) == 0 }, 10*time.Second, 5*time.Millisecond)
+
+			kernel, err := New(root, &Options{UserXattr: userXattr})
+			testenv.SkipUnsupported(t, err, "overlay")
+			require.NoError(t, err)
+			defer kernel.Close()
+			for _, id := range []string{"top", "top-copy", "names"} {
+				ours, theirs := mustShot(t, d, id), mustShot(t, kernel, id)
+				require.Equal(t, theirs, ours, id)
+			}
+		})
+	}
+}
+
+// mustShot lists the tree of a layer.
+func mustShot(t *testing.T, d *Driver, id string) []string {
+	t.Helper()
+	path, err := d.Get(t.Context(), id, nil)
+	require.NoError(t, err)
+	var list []string
+	require.NoError(t, filepath.Walk(path, func(p string, fi os.FileInfo, err error) error {
+		if err == nil {
+			list = append(list, strings.TrimPrefix(p, path)+" "+fi.Mode().String())
+		}
+		return err
+	}))
+	require.NoError(t, d.Put(t.Context(), id))
+	return list
+}
+
+func TestUnionProgramErrors(t *testing.T) {
+	program := layerfsProgram(t)
+	ctx := t.Context()
+	get := func(t *testing.T, opts *Options) (*Driver, error) {
+		d := mustNew(t, t.TempDir(), opts)
+		stack(t, d)
+		_, err := d.Get(ctx, "top", nil)
+		return d, err
+	}
+	t.Run("usage", func(t *testing.T) {
+		_, err := get(t, &Options{MountProgram: program, MountOptions: []string{"squash_to_root"}})
+		require.ErrorContains(t, err, `exit status 2: layerfs: mount-overlay: option "squash_to_root" is not known`)
+	})
+	t.Run("mount", func(t *testing.T) {
+		d, err := get(t, &Options{MountProgram: program})
+		require.NoError(t, err)
+		require.NoError(t, d.Put(ctx, "top"))
+		lock, err := os.Open(d.m.upper("top"))
+		require.NoError(t, err)
+		defer lock.Close()
+		require.NoError(t, unix.Flock(int(lock.Fd()), unix.LOCK_EX)) // as another union has
+		_, err = d.Get(ctx, "top", nil)
+		require.ErrorContains(t, err, "exit status 1: layerfs: mount-overlay: ")
+		require.ErrorContains(t, err, "writable in another union")
+		require.NoError(t, unix.Flock(int(lock.Fd()), unix.LOCK_UN))
+		_, err = d.Get(ctx, "top", nil)
+		require.NoError(t, err)
+		require.NoError(t, d.Put(ctx, "top"))
+	})
+}
