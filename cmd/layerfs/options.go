@@ -80,7 +80,7 @@ func driverOptions() []driverOption {
 			ov(o).MountOptions = append(ov(o).MountOptions, v)
 			return nil
 		}},
-		{"overlay", "mount_program", "path of a program that mounts instead of the kernel, such as fuse-overlayfs", func(o *auto.Options, v string) error {
+		{"overlay", "mount_program", "path of a program that mounts instead of the kernel, such as fuse-overlayfs or layerfs", func(o *auto.Options, v string) error {
 			ov(o).MountProgram = v
 			return nil
 		}},
