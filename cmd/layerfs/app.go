@@ -15,6 +15,7 @@ import (
 	"github.com/urfave/cli/v3"
 
 	"github.com/layerfs/layerfs"
+	"github.com/layerfs/layerfs/aufs"
 	"github.com/layerfs/layerfs/auto"
 )
 
@@ -193,7 +194,16 @@ func (a *app) options(p place) (*auto.Options, error) {
 			return nil, err
 		}
 	}
-	return opts, setDriverOptions(opts, p.opts)
+	if err := setDriverOptions(opts, p.opts); err != nil {
+		return nil, err
+	}
+	if opts.AUFS == nil {
+		opts.AUFS = new(aufs.Options)
+	}
+	if len(opts.AUFS.Helper) == 0 && !opts.AUFS.InProcess {
+		opts.AUFS.Helper = []string{"/proc/self/exe"} // this program: see main
+	}
+	return opts, nil
 }
 
 // with runs something with an open driver.

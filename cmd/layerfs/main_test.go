@@ -19,11 +19,19 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/layerfs/layerfs"
+	"github.com/layerfs/layerfs/aufs"
 	"github.com/layerfs/layerfs/auto"
 	"github.com/layerfs/layerfs/internal/testenv"
 )
 
-func TestMain(m *testing.M) { os.Exit(testenv.Main(m)) }
+func TestMain(m *testing.M) {
+	aufs.Main() // this program is the helper of the tests
+	// Else each process that the race detector watches takes a second to end.
+	if err := os.Setenv("GORACE", os.Getenv("GORACE")+" atexit_sleep_ms=0"); err != nil {
+		panic(err)
+	}
+	os.Exit(testenv.Main(m))
+}
 
 // shell runs command lines on one root.
 type shell struct {
@@ -51,7 +59,7 @@ func scratch(t *testing.T, driver string) string {
 		testenv.RequireRoot(t)
 		return testenv.Btrfs(t, 256)
 	}
-	d, err := auto.Open(t.TempDir(), &auto.Options{Driver: driver})
+	d, err := auto.Open(t.TempDir(), &auto.Options{Driver: driver, AUFS: &aufs.Options{Helper: []string{"/proc/self/exe"}}})
 	testenv.SkipUnsupported(t, err, driver)
 	require.NoError(t, err)
 	require.NoError(t, d.Close())

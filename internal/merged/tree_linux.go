@@ -196,14 +196,21 @@ func (t *Tree) open(p Place, flags int) (*os.File, error) {
 }
 
 // OpenAt opens an entry of an open directory, close-on-exec and without
-// following a link. The file and the error have its whole path.
+// following a link. Reading it leaves its access time alone where the caller
+// owns it. The file and the error have its whole path.
 func OpenAt(dir *os.File, name string, flags int) (*os.File, error) {
 	full := path.Join(dir.Name(), name)
+	flags |= unix.O_NOFOLLOW | unix.O_CLOEXEC
+	if flags&unix.O_PATH == 0 {
+		flags |= unix.O_NOATIME
+	}
 	for {
-		fd, err := unix.Openat(int(dir.Fd()), name, flags|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
+		fd, err := unix.Openat(int(dir.Fd()), name, flags, 0)
 		switch {
 		case err == nil:
 			return os.NewFile(uintptr(fd), full), nil
+		case errors.Is(err, unix.EPERM) && flags&unix.O_NOATIME != 0:
+			flags &^= unix.O_NOATIME
 		case !errors.Is(err, unix.EINTR):
 			return nil, &os.PathError{Op: "openat", Path: full, Err: err}
 		}

@@ -15,13 +15,21 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/layerfs/layerfs"
+	"github.com/layerfs/layerfs/aufs"
 	"github.com/layerfs/layerfs/auto"
 	"github.com/layerfs/layerfs/internal/testenv"
 	"github.com/layerfs/layerfs/internal/transfer"
 	"github.com/layerfs/layerfs/vfs"
 )
 
-func TestMain(m *testing.M) { os.Exit(testenv.Main(m)) }
+func TestMain(m *testing.M) {
+	aufs.Main() // this program is the helper of the tests
+	// Else each process that the race detector watches takes a second to end.
+	if err := os.Setenv("GORACE", os.Getenv("GORACE")+" atexit_sleep_ms=0"); err != nil {
+		panic(err)
+	}
+	os.Exit(testenv.Main(m))
+}
 
 func open(t *testing.T, name string) layerfs.Driver {
 	t.Helper()
@@ -32,7 +40,8 @@ func open(t *testing.T, name string) layerfs.Driver {
 	}
 	d, err := auto.Open(root, &auto.Options{
 		Driver: name, Durability: layerfs.DurabilityNone,
-		VFS: &vfs.Options{IgnoreOwners: os.Geteuid() != 0},
+		VFS:  &vfs.Options{IgnoreOwners: os.Geteuid() != 0},
+		AUFS: &aufs.Options{Helper: []string{"/proc/self/exe"}},
 	})
 	testenv.SkipUnsupported(t, err, name)
 	require.NoError(t, err)
