@@ -92,6 +92,20 @@ func dropConnections(fd int) error {
 	return nil
 }
 
+// Connected reports whether the connection of a device has not ended. The
+// number of one that has may be that of another by now. It does not wait.
+//
+// fuse_dev_poll() gives POLLERR for what was never or is no more connected.
+func Connected(dev int) bool {
+	for {
+		p := []unix.PollFd{{Fd: int32(dev)}} // errors are always told
+		_, err := unix.Poll(p, 0)
+		if err != unix.EINTR {
+			return err == nil && p[0].Revents&(unix.POLLERR|unix.POLLNVAL) == 0
+		}
+	}
+}
+
 func askPoll(path string) error {
 	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_CLOEXEC, 0)
 	if err != nil {

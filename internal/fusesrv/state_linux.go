@@ -35,6 +35,7 @@ type State struct {
 	at       map[stateKey]int // where they are
 	err      error            // why the state is not kept any more
 	replaced func(*os.File) error
+	failed   func(error)
 }
 
 type stateKey struct {
@@ -85,7 +86,12 @@ func stateFile(size int) (*os.File, []byte, error) {
 }
 
 // OpenState reads the state another process left in f, which it takes over.
-func OpenState(f *os.File) (*State, error) {
+func OpenState(f *os.File) (_ *State, err error) {
+	defer func() {
+		if err != nil {
+			f.Close()
+		}
+	}()
 	fi, err := f.Stat()
 	if err != nil {
 		return nil, err
@@ -137,6 +143,18 @@ func (s *State) OnReplace(f func(*os.File) error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.replaced = f
+}
+
+// OnFail calls f, once and soon, with the reason why the state is not kept any
+// more: what is served goes on, but not in another process. f must not use the
+// state.
+func (s *State) OnFail(f func(error)) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.failed = f
+	if s.err != nil {
+		f(s.err)
+	}
 }
 
 // Hand calls f with the memfd, which is not replaced meanwhile.
@@ -308,6 +326,9 @@ func (s *State) fail(err error) {
 	s.err = err
 	s.at, s.end, s.live = map[stateKey]int{}, 0, 0
 	clear(s.m[:recordHead])
+	if s.failed != nil {
+		s.failed(err)
+	}
 }
 
 // Close releases the memory.

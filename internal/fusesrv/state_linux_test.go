@@ -116,11 +116,16 @@ func TestStateWithout(t *testing.T) {
 	defer s.Close()
 	lost := errors.New("the keeper does not answer")
 	s.OnReplace(func(*os.File) error { return lost })
+	var told []error
+	s.OnFail(func(err error) { told = append(told, err) })
 	for i := uint64(0); s.Err() == nil && i < 10000; i++ {
 		s.put(kindInode, i, 1, make([]byte, 40), "name")
 	}
 	require.ErrorIs(t, s.Err(), lost)
 	assert.Empty(t, content(reopen(t, s.f)))
+	require.Equal(t, []error{lost}, told)
+	s.OnFail(func(err error) { told = append(told, err) }) // too late to be told first
+	require.Equal(t, []error{lost, lost}, told)
 	s.put(kindInode, 1, 1, nil, "")
 	s.count(kindInode, 1, 2)
 	s.del(kindInode, 1)

@@ -382,7 +382,7 @@ func fromOutside(s syscall.Signal) bool {
 func (k *keeper) abort() error {
 	var errs []error
 	for _, it := range k.items {
-		if it.conn != 0 {
+		if it.conn != 0 && len(it.fds) > 0 && fusesrv.Connected(it.fds[0]) {
 			errs = append(errs, fusesrv.Abort(it.conn))
 		}
 	}

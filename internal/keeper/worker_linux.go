@@ -111,8 +111,8 @@ func (w *Worker) Dir() string { return w.dir }
 func (w *Worker) Kept() []Item { return w.kept }
 
 // Store gives the keeper descriptors, whose numbers stay the caller's, instead
-// of what it has under that name, and returns when it has them. conn is the
-// number of the FUSE connection among them, or 0.
+// of what it has under that name, and returns when it has them. conn is 0, or
+// the number of a FUSE connection whose device comes first.
 func (w *Worker) Store(name string, conn int, fds ...int) error {
 	return withoutKeeper(w.tell(message{Op: opStore, Name: name, Conn: conn}, fds...))
 }

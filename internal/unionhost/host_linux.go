@@ -417,11 +417,22 @@ func (u *union) storeLocks() error {
 	if err != nil {
 		return err
 	}
-	return u.st.Hand(func(state *os.File) error {
+	taken := false
+	err = u.st.Hand(func(state *os.File) error {
+		taken = true
 		keeper.CloseAll(u.locks)
 		u.locks = locks
 		return u.store(state)
 	})
+	if !taken {
+		keeper.CloseAll(locks)
+	}
+	return err
+}
+
+// stateFailed is called when the state is not kept any more.
+func (u *union) stateFailed(err error) {
+	u.h.log.Error("the mount will end with this process", "target", u.cfg.Target, "err", err)
 }
 
 // serve begins to serve what is mounted now.
@@ -445,6 +456,7 @@ func (u *union) serve(conn int) error {
 func (u *union) attend(s *fusesrv.Server) error {
 	u.srv.Store(s)
 	u.st.OnReplace(u.store)
+	u.st.OnFail(u.stateFailed)
 	err := u.storeLocks()
 	go func() {
 		<-s.Done()
@@ -557,6 +569,7 @@ func (h *host) resume(items []keeper.Item) error {
 			continue
 		}
 		h.last = max(h.last, number(it.Name))
+		connected := len(it.FDs) > 0 && fusesrv.Connected(it.FDs[0])
 		err := h.goOn(it, kept[it.Name])
 		if errors.Is(err, errLater) {
 			return err
@@ -567,8 +580,10 @@ func (h *host) resume(items []keeper.Item) error {
 				level = slog.LevelWarn // it is what such a kernel can do
 			}
 			h.log.Log(context.Background(), level, "go on", "union", it.Name, "err", err)
-			if err := fusesrv.Abort(it.Conn); err != nil {
-				h.log.Error("abort", "err", err)
+			if connected {
+				if err := fusesrv.Abort(it.Conn); err != nil {
+					h.log.Error("abort", "err", err)
+				}
 			}
 			if err := h.w.Drop(it.Name); err != nil {
 				return err
@@ -580,12 +595,28 @@ func (h *host) resume(items []keeper.Item) error {
 
 var errLater = errors.New("the state is of a later version")
 
-// goOn goes on with one union.
+// goOn goes on with one union. It takes over all descriptors.
 func (h *host) goOn(it keeper.Item, kept map[uint64]*os.File) (err error) {
+	left := it.FDs // which nobody has taken over yet
+	u := &union{h: h, name: it.Name, conn: it.Conn, done: make(chan struct{})}
+	begun := false
+	defer func() {
+		if begun {
+			return
+		}
+		keeper.CloseAll(left)
+		for _, f := range kept {
+			f.Close()
+		}
+		if u.st != nil {
+			u.st.Close()
+		}
+	}()
 	if len(it.FDs) < 2 {
 		return errors.New("no device and state")
 	}
-	u := &union{h: h, name: it.Name, conn: it.Conn, dev: it.FDs[0], done: make(chan struct{})}
+	u.dev = it.FDs[0]
+	left = append([]int{u.dev}, it.FDs[2:]...)
 	if u.st, err = fusesrv.OpenState(os.NewFile(uintptr(it.FDs[1]), "state")); err != nil {
 		return err
 	}
@@ -601,15 +632,20 @@ func (h *host) goOn(it keeper.Item, kept map[uint64]*os.File) (err error) {
 	for _, fd := range it.FDs[2:] {
 		r.Locks = append(r.Locks, os.NewFile(uintptr(fd), "lock"))
 	}
-	rep, _, err := u.openEngine(r)
+	left = left[:1]
+	rep, w, err := u.openEngine(r)
 	for _, f := range r.Locks {
 		if f != nil { // of a branch that was taken away at that moment
 			f.Close()
 		}
 	}
 	if err != nil {
+		if w != nil {
+			w.Close()
+		}
 		return err
 	}
+	begun = true
 	for _, r := range rep {
 		h.log.Warn("repaired", "branch", r.Branch, "path", r.Path, "action", r.Action)
 	}
