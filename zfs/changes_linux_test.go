@@ -5,9 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"math/rand/v2"
 	"os"
-	"path/filepath"
 	"slices"
 	"strconv"
 	"testing"
@@ -142,89 +140,6 @@ func TestNativeChanges(t *testing.T) {
 			require.NoError(t, err)
 			assert.Equal(t, tree.FormatChanges(want), tree.FormatChanges(got))
 		})
-	}
-}
-
-// TestRandomHistories checks, for stacks of three random layers, that what zfs
-// tells is what a walk finds. LAYERFS_HISTORIES is how many.
-func TestRandomHistories(t *testing.T) {
-	histories := 4
-	if n, err := strconv.Atoi(os.Getenv("LAYERFS_HISTORIES")); err == nil {
-		histories = n
-	}
-	root := newRootDir(t)
-	d := mustOpen(t, root, &Options{})
-	requireNative(t, d)
-	declined := 0
-	for seed := range histories {
-		rnd := rand.New(rand.NewPCG(uint64(seed), 1))
-		ids := []string{"", "", ""}
-		parent := ""
-		for i := range ids {
-			id := fmt.Sprintf("h%d-%d", seed, i)
-			require.NoError(t, d.Create(t.Context(), id, parent, nil))
-			fill(t, d, id, func(path string) {
-				for range 5 + rnd.IntN(25) {
-					randomStep(rnd, path)
-				}
-			})
-			ids[len(ids)-1-i], parent = id, id
-		}
-		chain := chainOf(t, d, ids...)
-		for base := 1; base < len(chain); base++ {
-			want := oracle(t, d, chain[base:], chain)
-			got, err := d.m.nativeChanges(t.Context(), chain, base)
-			if errors.Is(err, lifecycle.ErrDecline) {
-				declined++
-				continue
-			}
-			require.NoError(t, err)
-			require.Equal(t, tree.FormatChanges(want), tree.FormatChanges(got), "seed %d, base %d", seed, base)
-		}
-		for _, id := range ids {
-			require.NoError(t, d.Remove(t.Context(), id))
-		}
-	}
-	t.Logf("%d of %d comparisons were declined", declined, 2*histories)
-	if histories > 3 && declined == 2*histories {
-		t.Error("all comparisons were declined")
-	}
-}
-
-// randomStep does one thing to a tree; what does not work there is no step.
-func randomStep(rnd *rand.Rand, root string) {
-	name := func() string { return string(rune('a' + rnd.IntN(5))) }
-	path := func() string {
-		p := root
-		for range 1 + rnd.IntN(3) {
-			p = filepath.Join(p, name())
-		}
-		return p
-	}
-	p, q := path(), path()
-	switch rnd.IntN(12) {
-	case 0, 1:
-		_ = os.WriteFile(p, bytes.Repeat([]byte{byte(rnd.IntN(256))}, rnd.IntN(9000)), 0o644)
-	case 2, 3:
-		_ = os.MkdirAll(p, 0o755)
-	case 4:
-		_ = os.Rename(p, q)
-	case 5:
-		_ = os.RemoveAll(p)
-	case 6:
-		_ = os.Chmod(p, os.FileMode(0o600+rnd.IntN(0o100)))
-	case 7:
-		if rnd.IntN(4) == 0 {
-			_ = os.Link(p, q)
-		}
-	case 8:
-		_ = os.Symlink(name(), p)
-	case 9:
-		_ = unix.Lsetxattr(p, "user."+name(), []byte(name()), 0)
-	case 10:
-		_ = os.Truncate(p, int64(rnd.IntN(1<<20)))
-	case 11:
-		_ = unix.Mknod(p, unix.S_IFCHR|0o600, int(unix.Mkdev(1, uint32(rnd.IntN(9)))))
 	}
 }
 
