@@ -11,7 +11,8 @@
 //	             that has lost its keeper and still works
 //	DIR/socket   the socket on which the worker takes calls (seqpacket). Calls
 //	             wait there while there is no worker.
-//	DIR/log      what the two write to standard error
+//	DIR/log      what the two write to standard error; log.old is what it was
+//	             before it became long
 //
 // Three processes take part: [Start] runs a starter, which runs the keeper in
 // a session of its own and ends when that is ready, so that the caller has no

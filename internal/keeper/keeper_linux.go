@@ -182,6 +182,44 @@ func openLog(dir string) (*os.File, error) {
 	return os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_APPEND|unix.O_NOFOLLOW, 0o600)
 }
 
+// trimLog moves what is in the log to log.old when it is long. Both processes
+// have the file open, and append: so it is emptied and not replaced. What is
+// written meanwhile may be lost. f is standard error, which may be something
+// else.
+func trimLog(dir string, f *os.File) error {
+	path := filepath.Join(dir, logName)
+	there, err := os.Lstat(path)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	fi, err := f.Stat()
+	if err != nil || !os.SameFile(fi, there) || fi.Size() <= maxLog {
+		return err
+	}
+	from, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	defer from.Close()
+	// Its end, which tells what happened last.
+	if _, err := from.Seek(-maxLog, io.SeekEnd); err != nil {
+		return err
+	}
+	if err := os.Remove(path + ".old"); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return err
+	}
+	to, err := os.OpenFile(path+".old", os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+	if err != nil {
+		return err
+	}
+	_, err = io.Copy(to, from)
+	// Even if there is no room for a copy: more so then.
+	return errors.Join(err, to.Close(), f.Truncate(0))
+}
+
 // keep is the keeper.
 func keep(dir string) error {
 	k, err := newKeeper(dir)
@@ -512,6 +550,9 @@ func (k *keeper) attend(w *worker) error {
 			}
 			return err
 		case <-beat.C:
+			if err := trimLog(k.dir, os.Stderr); err != nil {
+				fmt.Fprintln(os.Stderr, time.Now().Format(time.RFC3339), "log:", err)
+			}
 			switch {
 			case time.Since(heard) < k.silence:
 				if reads {

@@ -446,14 +446,54 @@ func TestBacklog(t *testing.T) {
 	defer cancel()
 	_, err = Dial(ctx, dir, []string{"/nowhere"})
 	require.ErrorIs(t, err, enough)
-	time.AfterFunc(100*time.Millisecond, func() {
-		if fd, _, err := unix.Accept(int(s.Fd())); err == nil {
-			unix.Close(fd)
-		}
-	})
+	listener := int(s.Fd())
+	accepted := make(chan error)
+	go func() {
+		time.Sleep(100 * time.Millisecond)
+		fd, _, err := unix.Accept(listener)
+		unix.Close(fd)
+		accepted <- err
+	}()
 	later, err := Dial(t.Context(), dir, nil)
 	require.NoError(t, err)
 	later.Close()
+	require.NoError(t, <-accepted)
+}
+
+// TestTrimLog: a log does not grow without end, and its end is kept. What writes
+// to it goes on in the same file.
+func TestTrimLog(t *testing.T) {
+	dir := t.TempDir()
+	require.NoError(t, trimLog(dir, os.Stderr), "no log")
+	f, err := openLog(dir)
+	require.NoError(t, err)
+	defer f.Close()
+	read := func(name string) string {
+		b, err := os.ReadFile(dir + "/" + name)
+		require.NoError(t, err)
+		return string(b)
+	}
+	for _, fill := range []string{"a", "b"} {
+		text := strings.Repeat(fill, maxLog)
+		_, err = f.WriteString(text)
+		require.NoError(t, err)
+		require.NoError(t, trimLog(dir, f))
+		require.Equal(t, maxLog, len(read(logName)), "as long as it may be")
+		_, err = f.WriteString("end")
+		require.NoError(t, err)
+		other, err := os.Create(dir + "/other")
+		require.NoError(t, err)
+		require.NoError(t, trimLog(dir, other))
+		require.NoError(t, other.Close())
+		require.Equal(t, maxLog+3, len(read(logName)), "not what standard error is")
+		require.NoError(t, trimLog(dir, f))
+		require.Empty(t, read(logName))
+		require.Equal(t, text[3:]+"end", read(logName+".old"))
+		_, err = f.WriteString("later")
+		require.NoError(t, err)
+		require.Equal(t, "later", read(logName))
+		require.NoError(t, f.Truncate(0))
+	}
 }
 
 // TestStartFails tells what the helper says.
