@@ -138,7 +138,7 @@ func driverOptions() []driverOption {
 		{"aufs", "engine", "auto, kernel or fuse: what merges the branches", func(o *auto.Options, v string) error {
 			return choice(&au(o).Engine, v, aufs.Auto, aufs.Kernel, aufs.FUSE)
 		}},
-		{"aufs", "helper", "path of the program that serves the fuse engine's mounts; default: layerfs in PATH", func(o *auto.Options, v string) error {
+		{"aufs", "helper", "path of the program that serves the fuse engine's mounts; default: this one", func(o *auto.Options, v string) error {
 			au(o).Helper = []string{v}
 			return nil
 		}},
