@@ -37,7 +37,9 @@ type CompareOptions struct {
 	// change and no call can set it back: it is neither looked at in the old
 	// tree nor read, and for a directory that means the list of its names. Zero means that nothing of this kind is known.
 	//
-	// It needs a clock that was not set back in between.
+	// It needs a clock that was not set back in between, and on Linux one that
+	// file systems use: CLOCK_REALTIME_COARSE. time.Now may be ahead of that by
+	// a timer tick, which is allowed for, and in a busy virtual machine by more.
 	Since time.Time
 
 	// IgnoreXattr reports whether an xattr does not count; nil means all do.
@@ -98,3 +100,7 @@ var errStopped = errors.New("stopped")
 // changeTimeSlack covers that the kernel's change times are those of the last
 // timer tick, at most 10 ms ago, while Since is exact.
 const changeTimeSlack = 20 * time.Millisecond
+
+// wholeSeconds is the slack for a change time without a fraction: it may be of a
+// file system that keeps none.
+const wholeSeconds = 2 * time.Second

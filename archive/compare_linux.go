@@ -20,9 +20,9 @@ import (
 // are worked on from the top of a stack, so that they are done nearly in the
 // order in which their results are wanted.
 type comparer struct {
-	ctx   context.Context
-	opts  *CompareOptions
-	since stamp
+	ctx               context.Context
+	opts              *CompareOptions
+	since, sinceWhole stamp
 
 	mu    sync.Mutex
 	more  sync.Cond // stack grew, ahead shrank, or stopped changed
@@ -70,6 +70,7 @@ func compareTrees(ctx context.Context, oldDir, newDir string, opts *CompareOptio
 	c.noAt.Store(opts.noAt)
 	if !opts.Since.IsZero() {
 		c.since = stampOf(opts.Since.Add(-changeTimeSlack))
+		c.sinceWhole = stampOf(opts.Since.Add(-wholeSeconds))
 	}
 	var roots [2]*dirFD
 	for i, dir := range []string{oldDir, newDir} {
@@ -396,7 +397,7 @@ func (c *comparer) diff(old *oldDir, newDir *dirFD, name string) (d difference, 
 		return d, err
 	}
 	d.newIsDir = b.Mode&unix.S_IFMT == unix.S_IFDIR
-	if !c.opts.Since.IsZero() && before(b.Ctim, c.since) {
+	if c.unchanged(b.Ctim) {
 		d.oldIsDir, d.untouched = d.newIsDir, true
 		return d, nil
 	}
@@ -417,6 +418,17 @@ func (c *comparer) diff(old *oldDir, newDir *dirFD, name string) (d difference, 
 	}
 	d.differ, err = c.diffMore(oldDir, newDir, name, &a, &b)
 	return d, err
+}
+
+// unchanged reports whether a change time is that of the copy.
+func (c *comparer) unchanged(at unix.Timespec) bool {
+	switch {
+	case c.opts.Since.IsZero():
+		return false
+	case at.Nsec == 0:
+		return before(at, c.sinceWhole)
+	}
+	return before(at, c.since)
 }
 
 func before(t unix.Timespec, s stamp) bool {

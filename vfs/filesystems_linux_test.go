@@ -6,8 +6,11 @@ import (
 	"strconv"
 	"testing"
 
+	"github.com/stretchr/testify/require"
+
 	"github.com/layerfs/layerfs/drivertest"
 	"github.com/layerfs/layerfs/internal/testenv"
+	"github.com/layerfs/layerfs/vfs"
 )
 
 // on lets a harness work below a directory.
@@ -73,4 +76,31 @@ func TestConformanceDurable(t *testing.T) {
 		t.Skip("syncs thousands of times")
 	}
 	drivertest.Run(t, on(t, durable(), testenv.Tmpfs(t, "size=1g")))
+}
+
+// TestWholeSeconds: change times without a fraction, as ext4 with small inodes
+// keeps them, are no earlier than the copy was.
+func TestWholeSeconds(t *testing.T) {
+	d, err := vfs.New(testenv.Ext4(t, 64, "-I 128"), nil)
+	require.NoError(t, err)
+	defer d.Close()
+	ctx := t.Context()
+	require.NoError(t, d.Create(ctx, "base", "", nil))
+	path, err := d.Get(ctx, "base", nil)
+	require.NoError(t, err)
+	require.NoError(t, os.WriteFile(filepath.Join(path, "f"), []byte("old"), 0o644))
+	require.NoError(t, d.Put(ctx, "base"))
+	for _, id := range []string{"a", "b", "c"} {
+		require.NoError(t, d.Create(ctx, id, "base", nil))
+		path, err := d.Get(ctx, id, nil)
+		require.NoError(t, err)
+		require.NoError(t, os.WriteFile(filepath.Join(path, "f"), []byte("new"), 0o644))
+		require.NoError(t, d.Put(ctx, id))
+		var got []string
+		for c, err := range d.Changes(ctx, id, "base") {
+			require.NoError(t, err)
+			got = append(got, c.Path)
+		}
+		require.Contains(t, got, "/f", id)
+	}
 }

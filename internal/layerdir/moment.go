@@ -11,13 +11,14 @@ type Moment struct {
 	Since time.Duration `json:"since"` // from the boot, on a clock nobody sets
 }
 
-// Now returns this moment; the zero Moment where there is no such clock.
+// Now returns this moment, as file systems tell it of what is changed from now
+// on; the zero Moment where there is no such clock.
 func (d *Dir) Now() Moment {
 	up, ok := uptime()
 	if !ok {
 		return Moment{}
 	}
-	return Moment{Time: time.Now().UTC(), Boot: d.boot, Since: up}
+	return Moment{Time: wall().UTC(), Boot: d.boot, Since: up}
 }
 
 // slack is how far the clocks may drift apart or be read apart.

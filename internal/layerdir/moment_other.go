@@ -5,3 +5,5 @@ package layerdir
 import "time"
 
 func uptime() (time.Duration, bool) { return 0, false }
+
+func wall() time.Time { return time.Now() }
