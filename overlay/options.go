@@ -60,6 +60,10 @@ type Options struct {
 	// names that begin with ".wh..wh." for itself: in the tree they cannot be
 	// made, and are not seen. It serves each mount from a process of its own,
 	// which ends with the mount.
+	//
+	// A program whose caller is killed while it mounts may be done after the
+	// next caller has looked for mounts. The layer then stays in use until
+	// somebody unmounts it by hand.
 	MountProgram string
 }
 

@@ -135,7 +135,7 @@ func serve() error {
 
 // busyFor is how long a mount waits for the one before it, which lets go of the
 // upper directory a moment after it was unmounted.
-const busyFor = 20 * time.Second
+const busyFor = 5 * time.Second
 
 func mountPlan(r io.Reader) (*union.Handle, error) {
 	var p plan
