@@ -17,6 +17,7 @@ import (
 	"github.com/layerfs/layerfs"
 	"github.com/layerfs/layerfs/internal/dm"
 	"github.com/layerfs/layerfs/internal/lifecycle"
+	"github.com/layerfs/layerfs/internal/sys"
 	"github.com/layerfs/layerfs/internal/thin"
 )
 
@@ -68,7 +69,7 @@ func (m *mechanism) rename(from, to string) error {
 	if m.opts.Durability == layerfs.DurabilityNone {
 		return nil
 	}
-	return syncDir(filepath.Dir(to))
+	return sys.Fsync(filepath.Dir(to))
 }
 
 // exchange swaps two device files in one step.
@@ -79,7 +80,7 @@ func (m *mechanism) exchange(a, b string) error {
 	if m.opts.Durability == layerfs.DurabilityNone {
 		return nil
 	}
-	return syncDir(filepath.Dir(b))
+	return sys.Fsync(filepath.Dir(b))
 }
 
 // deviceName is the name of a layer's device, or of the pool.

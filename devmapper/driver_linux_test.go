@@ -23,6 +23,7 @@ import (
 	"github.com/layerfs/layerfs"
 	"github.com/layerfs/layerfs/internal/dm"
 	"github.com/layerfs/layerfs/internal/loop"
+	"github.com/layerfs/layerfs/internal/sys"
 	"github.com/layerfs/layerfs/internal/testenv"
 	"github.com/layerfs/layerfs/internal/tree"
 )
@@ -175,7 +176,7 @@ func TestGrow(t *testing.T) {
 				with(t, d, id, func(path string) {
 					var st unix.Statfs_t
 					require.NoError(t, unix.Statfs(path, &st))
-					total = int64(st.Blocks) * st.Bsize
+					total = int64(st.Blocks) * int64(st.Bsize)
 				})
 				return total
 			}
@@ -223,7 +224,7 @@ func TestTrim(t *testing.T) {
 	}
 	with(t, d, "a", func(path string) {
 		write(t, path+"/big", 20<<20, 1)
-		require.NoError(t, syncFS(path))
+		require.NoError(t, sys.Syncfs(path))
 		before := allocated()
 		require.NoError(t, os.Remove(path+"/big"))
 		n, err := d.Trim(t.Context(), "a")
@@ -518,7 +519,7 @@ func TestGuard(t *testing.T) {
 	create(t, d, "a", "")
 	with(t, d, "a", func(path string) {
 		write(t, path+"/f", 40<<20, 1)
-		require.NoError(t, syncFS(path))
+		require.NoError(t, sys.Syncfs(path))
 		err := d.Create(t.Context(), "b", "", nil)
 		require.ErrorIs(t, err, layerfs.ErrQuota)
 		require.ErrorContains(t, err, "less than 50 percent")
@@ -549,7 +550,7 @@ func TestExtend(t *testing.T) {
 	with(t, d, "a", func(path string) {
 		for i := range 10 {
 			write(t, fmt.Sprintf("%s/f%d", path, i), 9<<20, uint64(i))
-			require.NoError(t, syncFS(path))
+			require.NoError(t, sys.Syncfs(path))
 			require.Eventually(t, func() bool {
 				st, err := d.m.poolStatus(true)
 				require.NoError(t, err)

@@ -24,7 +24,7 @@ func (m *mechanism) growFS(tree *os.File, id string, d device) error {
 	if err := unix.Fstatfs(int(dir.Fd()), &st); err != nil {
 		return &os.PathError{Op: "statfs", Path: tree.Name(), Err: err}
 	}
-	blocks := uint64(d.Size / st.Bsize)
+	blocks := uint64(d.Size / int64(st.Bsize))
 	m.step("grow: file system")
 	switch m.opts.FS {
 	case "xfs":

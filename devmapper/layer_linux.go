@@ -14,6 +14,7 @@ import (
 	"github.com/layerfs/layerfs/archive"
 	"github.com/layerfs/layerfs/internal/dm"
 	"github.com/layerfs/layerfs/internal/lifecycle"
+	"github.com/layerfs/layerfs/internal/sys"
 	"github.com/layerfs/layerfs/internal/undo"
 )
 
@@ -203,7 +204,7 @@ func (m *mechanism) fill(ctx context.Context, rec *lifecycle.Record, d device, f
 	err = fill(procPath(tree) + "/.")
 	if err == nil {
 		// What the pool has no room for must be told here, and not get lost.
-		err = syncFS(procPath(tree) + "/.")
+		err = sys.Syncfs(procPath(tree) + "/.")
 	}
 	return m.noSpace(err)
 }
@@ -243,7 +244,7 @@ func (m *mechanism) Sync(ctx context.Context, rec *lifecycle.Record) error {
 	if st, err := m.State(rec.ID); err != nil {
 		return err
 	} else if st.Mounted {
-		if err := syncFS(m.Path(rec.ID)); err != nil {
+		if err := sys.Syncfs(m.Path(rec.ID)); err != nil {
 			return err
 		}
 	}
@@ -254,25 +255,9 @@ func (m *mechanism) Sync(ctx context.Context, rec *lifecycle.Record) error {
 		return nil
 	}
 	for _, path := range []string{m.dataFile(), m.metadataFile()} {
-		f, err := os.Open(path)
-		if err != nil {
+		if err := sys.Fsync(path); err != nil {
 			return err
 		}
-		if err := errors.Join(f.Sync(), f.Close()); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-func syncFS(path string) error {
-	f, err := os.Open(path)
-	if err != nil {
-		return err
-	}
-	defer f.Close()
-	if err := unix.Syncfs(int(f.Fd())); err != nil {
-		return &os.PathError{Op: "syncfs", Path: path, Err: err}
 	}
 	return nil
 }

@@ -60,7 +60,7 @@ func testMounts(t *testing.T, o *Options) {
 	require.FileExists(t, target+"/f")
 	var st unix.Statfs_t
 	require.NoError(t, unix.Statfs(target, &st))
-	require.Greater(t, int64(st.Blocks)*st.Bsize, int64(400<<20))
+	require.Greater(t, int64(st.Blocks)*int64(st.Bsize), int64(400<<20))
 	require.NotZero(t, st.Flags&unix.ST_NOSUID)
 	write(t, target+"/g", 1000, 2)
 	var changes []string

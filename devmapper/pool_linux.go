@@ -83,17 +83,9 @@ func replace(path string, data []byte, sync bool) error {
 		return &os.LinkError{Op: "rename", Old: temp, New: path, Err: err}
 	}
 	if sync {
-		return syncDir(dir)
+		return sys.Fsync(dir)
 	}
 	return nil
-}
-
-func syncDir(path string) error {
-	f, err := os.Open(path)
-	if err != nil {
-		return err
-	}
-	return errors.Join(f.Sync(), f.Close())
 }
 
 // start makes the pool and the base device if the root is new, activates the
@@ -697,8 +689,8 @@ func (m *mechanism) guard() error {
 	if err := unix.Statfs(m.dataFile(), &vfs); err != nil {
 		return &os.PathError{Op: "statfs", Path: m.dataFile(), Err: err}
 	}
-	if vfs.Bavail*100 < vfs.Blocks*uint64(least) && int64(vfs.Bavail)*vfs.Bsize < int64(st.TotalData-st.UsedData)*m.opts.BlockSize*int64(least)/100 {
-		return fmt.Errorf("%d bytes are free below the pool's files, less than %d percent: %w", int64(vfs.Bavail)*vfs.Bsize, least, layerfs.ErrQuota)
+	if vfs.Bavail*100 < vfs.Blocks*uint64(least) && int64(vfs.Bavail)*int64(vfs.Bsize) < int64(st.TotalData-st.UsedData)*m.opts.BlockSize*int64(least)/100 {
+		return fmt.Errorf("%d bytes are free below the pool's files, less than %d percent: %w", int64(vfs.Bavail)*int64(vfs.Bsize), least, layerfs.ErrQuota)
 	}
 	return nil
 }

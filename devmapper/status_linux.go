@@ -67,7 +67,7 @@ func (m *mechanism) Status(context.Context) ([]layerfs.StatusItem, error) {
 		if err := unix.Statfs(m.dataFile(), &vfs); err != nil {
 			return nil, &os.PathError{Op: "statfs", Path: m.dataFile(), Err: err}
 		}
-		available = min(available, int64(vfs.Bavail)*vfs.Bsize)
+		available = min(available, int64(vfs.Bavail)*int64(vfs.Bsize))
 	}
 	add("Data Space Available", size(available))
 	used, total = int64(st.UsedMeta)*dm.MetadataBlockSize, int64(st.TotalMeta)*dm.MetadataBlockSize

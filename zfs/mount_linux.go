@@ -17,6 +17,7 @@ import (
 	"github.com/layerfs/layerfs/internal/feature"
 	"github.com/layerfs/layerfs/internal/lifecycle"
 	"github.com/layerfs/layerfs/internal/mount"
+	"github.com/layerfs/layerfs/internal/sys"
 )
 
 // Everything that differs between the systems in mounting is in this file and
@@ -389,18 +390,5 @@ func syncMount(path string) error {
 	if err != nil || !mounted {
 		return err
 	}
-	f, err := os.Open(path)
-	if err != nil {
-		return err
-	}
-	defer f.Close()
-	for {
-		err := unix.Syncfs(int(f.Fd()))
-		if !errors.Is(err, unix.EINTR) {
-			if err != nil {
-				return &os.PathError{Op: "syncfs", Path: path, Err: err}
-			}
-			return nil
-		}
-	}
+	return sys.Syncfs(path)
 }

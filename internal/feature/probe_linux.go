@@ -5,14 +5,13 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"strconv"
-	"strings"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/layerfs/layerfs"
 	"github.com/layerfs/layerfs/internal/mount"
 	"github.com/layerfs/layerfs/internal/quota"
+	"github.com/layerfs/layerfs/internal/sys"
 )
 
 func probe(f Feature, dir string) error {
@@ -61,24 +60,9 @@ func no(f Feature, since, format string, args ...any) error {
 // olderThan reports whether the running kernel is older than since, such as
 // "Linux 5.11".
 func olderThan(since string) bool {
-	var u unix.Utsname
-	if unix.Uname(&u) != nil {
-		return false
-	}
-	hm, hn := numbers(unix.ByteSliceToString(u.Release[:]))
-	wm, wn := numbers(strings.TrimPrefix(since, "Linux "))
-	return hm < wm || hm == wm && hn < wn
-}
-
-func numbers(version string) (major, minor int) {
-	a, rest, _ := strings.Cut(version, ".")
-	b := rest
-	if i := strings.IndexFunc(rest, func(r rune) bool { return r < '0' || r > '9' }); i >= 0 {
-		b = rest[:i]
-	}
-	major, _ = strconv.Atoi(a)
-	minor, _ = strconv.Atoi(b)
-	return major, minor
+	var major, minor int
+	n, _ := fmt.Sscanf(since, "Linux %d.%d", &major, &minor)
+	return n == 2 && !sys.KernelAtLeast(major, minor)
 }
 
 // probeCall judges a system call that was called with impossible arguments.

@@ -268,7 +268,7 @@ func (f folder) fill(fd int, name string, data []byte) error {
 // Linux 5.2 it left pages out that were busy (mm/filemap.c, commit "fs:
 // sync_file_range(2) may use WB_SYNC_ALL writeback").
 func inOrder(path string) bool {
-	if !since(5, 2) {
+	if !sys.KernelAtLeast(5, 2) {
 		return false
 	}
 	var fs unix.Statfs_t
@@ -302,15 +302,4 @@ func hasJournal(path string) bool {
 	// A number of a process, 0 if it is not in our namespace, or "<none>".
 	task, err := os.ReadFile("/sys/fs/ext4/" + filepath.Base(device) + "/journal_task")
 	return err == nil && len(task) > 0 && task[0] >= '0' && task[0] <= '9'
-}
-
-// since reports whether the kernel is that version or later.
-func since(major, minor int) bool {
-	var u unix.Utsname
-	if unix.Uname(&u) != nil {
-		return false
-	}
-	var a, b int
-	n, _ := fmt.Sscanf(unix.ByteSliceToString(u.Release[:]), "%d.%d", &a, &b)
-	return n == 2 && (a > major || a == major && b >= minor)
 }

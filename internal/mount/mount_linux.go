@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/layerfs/layerfs"
+	"github.com/layerfs/layerfs/internal/sys"
 )
 
 // fsconfigString is the number of bytes FSCONFIG_SET_STRING takes with the
@@ -64,13 +65,7 @@ func (o *Overlay) Mount(target string) error {
 // kernel's log each time. It is only about what to try first: where "lowerdir+"
 // was ported back, mount(2) gives the same mount.
 func beforeLowerAppend() bool {
-	var u unix.Utsname
-	if unix.Uname(&u) != nil {
-		return false
-	}
-	var major, minor int
-	n, _ := fmt.Sscanf(unix.ByteSliceToString(u.Release[:]), "%d.%d", &major, &minor)
-	return n == 2 && (major < 6 || major == 6 && minor < 8)
+	return !sys.KernelAtLeast(6, 8)
 }
 
 // declines reports whether mount(2) may do what the new API refused: the

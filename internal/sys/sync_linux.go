@@ -6,9 +6,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Fsync makes a file or the names in a directory durable; path may not be a
-// link. It is (*os.File).Sync without the calls that prepare a descriptor for
-// polling.
+// Fsync makes a file or the names in a directory durable; a link at path is
+// followed. It is (*os.File).Sync without the calls that prepare a descriptor
+// for polling.
 func Fsync(path string) error { return syncBy("fsync", path, unix.Fsync) }
 
 // Syncfs writes back the whole file system that path is on (syncfs(2); errors
@@ -17,7 +17,7 @@ func Fsync(path string) error { return syncBy("fsync", path, unix.Fsync) }
 func Syncfs(path string) error { return syncBy("syncfs", path, unix.Syncfs) }
 
 func syncBy(op, path string, sync func(int) error) error {
-	fd, err := Openat(unix.AT_FDCWD, path, unix.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
+	fd, err := Openat(unix.AT_FDCWD, path, unix.O_RDONLY, 0)
 	if err != nil {
 		return err
 	}
