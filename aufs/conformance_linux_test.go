@@ -21,10 +21,6 @@ var helper = []string{"/proc/self/exe"}
 
 func TestMain(m *testing.M) {
 	aufs.Main()
-	// Else each process that the race detector watches takes a second to end.
-	if err := os.Setenv("GORACE", os.Getenv("GORACE")+" atexit_sleep_ms=0"); err != nil {
-		panic(err)
-	}
 	drivertest.Child(harness(), live(), inProcess(), kernel())
 	os.Exit(testenv.Main(m))
 }

@@ -21,10 +21,6 @@ func TestMain(m *testing.M) {
 	if status, program := overlaymount.Main(os.Args); program {
 		os.Exit(status)
 	}
-	// Else each process that the race detector watches takes a second to end.
-	if err := os.Setenv("GORACE", os.Getenv("GORACE")+" atexit_sleep_ms=0"); err != nil {
-		panic(err)
-	}
 	drivertest.Child(harness(), redirecting(), united())
 	os.Exit(testenv.Main(m))
 }

@@ -16,6 +16,8 @@ import (
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 	"golang.org/x/sys/unix"
+
+	"github.com/layerfs/layerfs/internal/testenv"
 )
 
 // The worker of the tests does what it is told. Its state is a file that
@@ -35,11 +37,7 @@ func TestMain(m *testing.M) {
 	if status, helper := Main(os.Args, testWorker); helper {
 		os.Exit(status)
 	}
-	// Else each process that the race detector watches takes a second to end.
-	if err := os.Setenv("GORACE", os.Getenv("GORACE")+" atexit_sleep_ms=0"); err != nil {
-		panic(err)
-	}
-	os.Exit(m.Run())
+	os.Exit(testenv.Main(m))
 }
 
 func testWorker(w *Worker) error {

@@ -24,10 +24,6 @@ import (
 
 func TestMain(m *testing.M) {
 	aufs.Main() // this program is the helper of the tests
-	// Else each process that the race detector watches takes a second to end.
-	if err := os.Setenv("GORACE", os.Getenv("GORACE")+" atexit_sleep_ms=0"); err != nil {
-		panic(err)
-	}
 	os.Exit(testenv.Main(m))
 }
 
