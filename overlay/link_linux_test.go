@@ -27,6 +27,6 @@ func TestHomeIsLink(t *testing.T) {
 	require.NoError(t, err)
 	require.NoError(t, os.WriteFile(filepath.Join(path, "file"), nil, 0o644))
 	require.NoError(t, d.Put(ctx, "layer"))
-	require.FileExists(t, filepath.Join(disk, "layer", "diff", "file"))
+	require.FileExists(t, filepath.Join(disk, "layer", "upper", "file"))
 	require.NoError(t, d.Remove(ctx, "layer"))
 }
