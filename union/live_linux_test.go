@@ -383,28 +383,14 @@ func TestManyMounts(t *testing.T) {
 	if testing.Short() {
 		n = 20
 	}
-	before := status(t, "Threads")
-	mem := status(t, "VmRSS")
+	before := procField(t, "self/status", "Threads")
+	mem := procField(t, "self/status", "VmRSS")
 	_, all := herd(t, n, union.Notify, "l0/d/f text")
 	for _, s := range all {
 		assert.Equal(t, "text", s.read(t, "d/f"))
 	}
-	threads, kib := status(t, "Threads")-before, (status(t, "VmRSS")-mem)/n
+	threads, kib := procField(t, "self/status", "Threads")-before, (procField(t, "self/status", "VmRSS")-mem)/n
 	t.Logf("%d mounts: %d more threads, %d KiB each", n, threads, kib)
 	assert.Less(t, threads, n/2+10)
 	assert.Less(t, kib, 512)
-}
-
-func status(t testing.TB, field string) int {
-	b, err := os.ReadFile("/proc/self/status")
-	require.NoError(t, err)
-	for _, l := range strings.Split(string(b), "\n") {
-		if k, v, ok := strings.Cut(l, ":"); ok && k == field {
-			var n int
-			fmt.Sscan(v, &n)
-			return n
-		}
-	}
-	t.Fatal("no field " + field)
-	return 0
 }

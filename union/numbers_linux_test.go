@@ -73,7 +73,7 @@ func TestPeersLive(t *testing.T) {
 func TestPeersMany(t *testing.T) {
 	needBench(t)
 	const n = 1000
-	threads, mem := status(t, "Threads"), status(t, "VmRSS")
+	threads, mem := procField(t, "self/status", "Threads"), procField(t, "self/status", "VmRSS")
 	start := time.Now()
 	_, all := herd(t, n, union.Notify, "l0/d/f text", "l0/d/g text")
 	made := time.Since(start)
@@ -81,7 +81,7 @@ func TestPeersMany(t *testing.T) {
 		assert.Equal(t, "text", s.read(t, "d/f"))
 		names(t, s.path("d"))
 	}
-	threads, mem = status(t, "Threads")-threads, (status(t, "VmRSS")-mem)/n
+	threads, mem = procField(t, "self/status", "Threads")-threads, (procField(t, "self/status", "VmRSS")-mem)/n
 	t.Logf("%d mounts in %v: %d more threads, %d KiB each", n, made.Round(time.Millisecond), threads, mem)
 	assert.Less(t, threads, n)
 	assert.LessOrEqual(t, mem, 512)
@@ -107,17 +107,19 @@ func TestPeersPageCache(t *testing.T) {
 		require.NoError(t, s.Unmount(bg))
 		s.mount(t, union.Config{Branches: []union.Branch{{Path: s.rw(""), Perm: union.RW}, {Path: lower}}})
 	}
-	before := meminfo(t, "Cached")
+	before := procField(t, "meminfo", "Cached")
 	for _, s := range all {
 		sh(t, `cat "$1" >/dev/null`, s.path("big"))
 	}
-	grown := (meminfo(t, "Cached") - before) >> 10
+	grown := (procField(t, "meminfo", "Cached") - before) >> 10
 	t.Logf("512 MiB through 3 mounts: the page cache grew by %d MiB", grown)
 	assert.Less(t, grown, 640)
 }
 
-func meminfo(t testing.TB, field string) int {
-	b, err := os.ReadFile("/proc/meminfo")
+// procField returns the number of a line "field: number" of a file below /proc.
+func procField(t testing.TB, file, field string) int {
+	t.Helper()
+	b, err := os.ReadFile(filepath.Join("/proc", file))
 	require.NoError(t, err)
 	for _, l := range strings.Split(string(b), "\n") {
 		if k, v, ok := strings.Cut(l, ":"); ok && k == field {
@@ -126,7 +128,7 @@ func meminfo(t testing.TB, field string) int {
 			return n
 		}
 	}
-	t.Fatal("no field " + field)
+	t.Fatalf("no field %s in %s", field, file)
 	return 0
 }
 
