@@ -71,25 +71,12 @@ func sameRoot(a, b string) bool {
 }
 
 func (a *app) copyLayers(ctx context.Context, src, dst layerfs.Driver, id string, opts *transfer.Options) error {
-	var bar *meter
-	var of string
-	finish := func() {
-		if bar != nil {
-			bar.done()
-		}
-		bar = nil
-	}
-	defer finish()
-	opts.Progress = func(id string, p layerfs.Progress) {
-		if bar == nil || of != id {
-			finish()
-			bar, of = a.meter("copy "+id, p.Total), id
-		}
-		bar.set(p)
-	}
+	bars := meters{a: a}
+	defer bars.done()
+	opts.Progress = func(id string, p layerfs.Progress) { bars.set("copy "+id, p) }
 	var printing error
 	opts.Copied = func(l transfer.Layer) {
-		finish()
+		bars.done()
 		printing = errors.Join(printing, a.printCopied(l))
 	}
 	return errors.Join(transfer.Copy(ctx, src, dst, id, opts), printing)

@@ -65,6 +65,30 @@ func (m *meter) writer(w io.Writer) io.Writer {
 	return io.MultiWriter(w, m)
 }
 
+// meters shows one bar after the other.
+type meters struct {
+	a    *app
+	what string
+	bar  *meter // or nil between two
+}
+
+// set shows how much of what is done; a new bar begins with a new what.
+func (m *meters) set(what string, p layerfs.Progress) {
+	if m.bar == nil || m.what != what {
+		m.done()
+		m.bar, m.what = m.a.meter(what, p.Total), what
+	}
+	m.bar.set(p)
+}
+
+// done removes the bar that is shown; the next set shows a new one.
+func (m *meters) done() {
+	if m.bar != nil {
+		m.bar.done()
+	}
+	m.bar = nil
+}
+
 // done removes the bar.
 func (m *meter) done() {
 	if m.bar != nil {

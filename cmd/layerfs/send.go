@@ -325,15 +325,8 @@ func errNoMigrator(d layerfs.Driver) error {
 }
 
 func (a *app) migrateLayer(ctx context.Context, m migrator, dst layerfs.Driver, id string, o *migrateOptions) error {
-	var bar *meter
-	var of string
-	finish := func() {
-		if bar != nil {
-			bar.done()
-		}
-		bar = nil
-	}
-	defer finish()
+	bars := meters{a: a}
+	defer bars.done()
 	from, err := filepath.Abs(a.root)
 	if err != nil {
 		return err
@@ -342,18 +335,12 @@ func (a *app) migrateLayer(ctx context.Context, m migrator, dst layerfs.Driver, 
 	done, err := m.migrate(ctx, dst, id, migrateRun{
 		migrateOptions: o,
 		hook: func(ctx context.Context, command string) error {
-			finish()
+			bars.done()
 			return a.shell(ctx, command, env)
 		},
-		progress: func(what string, p layerfs.Progress) {
-			if bar == nil || of != what {
-				finish()
-				bar, of = a.meter(what, p.Total), what
-			}
-			bar.set(p)
-		},
+		progress: bars.set,
 	})
-	finish()
+	bars.done()
 	if err != nil {
 		return err
 	}
