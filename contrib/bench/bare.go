@@ -12,6 +12,8 @@ import (
 	"strings"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/layerfs/layerfs/contrib/bench/internal/timing"
 )
 
 // entry is what bare needs to know of a tar entry, found out before the clock
@@ -57,22 +59,22 @@ func entries(name string) ([]entry, error) {
 
 // applyBare makes the system calls that unpacking cannot do without, and no
 // others: no look at what is there, no check of any path.
-func applyBare(_ context.Context, j *job) (cost, error) {
+func applyBare(_ context.Context, j *job) (timing.Cost, error) {
 	list, err := entries(j.Tar)
 	if err != nil {
-		return cost{}, err
+		return timing.Cost{}, err
 	}
 	src, err := unix.Open(j.Tar, unix.O_RDONLY|unix.O_CLOEXEC, 0)
 	if err != nil {
-		return cost{}, err
+		return timing.Cost{}, err
 	}
 	defer unix.Close(src)
 	root, err := unix.Open(j.Dir, unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 	if err != nil {
-		return cost{}, err
+		return timing.Cost{}, err
 	}
 	defer unix.Close(root)
-	return timed(func() error {
+	return timing.Of(func() error {
 		buf := make([]byte, 1<<20)
 		var dirs []entry
 		for _, e := range list {
@@ -168,17 +170,17 @@ func bareEntry(root, src int, e entry, buf []byte) error {
 
 // lifecycleBare makes, mounts, unmounts and removes what overlay needs for a
 // container, with nothing kept in memory or checked.
-func lifecycleBare(ctx context.Context, j *job) (cost, error) {
+func lifecycleBare(ctx context.Context, j *job) (timing.Cost, error) {
 	root, err := workRoot(ctx, j)
 	if err != nil {
-		return cost{}, err
+		return timing.Cost{}, err
 	}
 	lower := filepath.Join(root, "base")
 	if err := os.Mkdir(lower, 0o755); err != nil {
-		return cost{}, err
+		return timing.Cost{}, err
 	}
 	if err := fillBase(lower); err != nil {
-		return cost{}, err
+		return timing.Cost{}, err
 	}
 	return perContainer(j.N, func(id string) error { return bareLife(filepath.Join(root, id), lower) })
 }

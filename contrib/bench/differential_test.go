@@ -249,7 +249,7 @@ func TestLifecycles(t *testing.T) {
 		t.Run(who, func(t *testing.T) {
 			spent, err := f(context.Background(), &job{Who: who, Dir: newDir(t), N: 3})
 			require.NoError(t, err)
-			assert.Positive(t, spent.wall)
+			assert.Positive(t, spent.Wall)
 		})
 	}
 }

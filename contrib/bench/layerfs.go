@@ -9,6 +9,7 @@ import (
 
 	"github.com/layerfs/layerfs"
 	"github.com/layerfs/layerfs/archive"
+	"github.com/layerfs/layerfs/contrib/bench/internal/timing"
 	"github.com/layerfs/layerfs/overlay"
 	"github.com/layerfs/layerfs/vfs"
 )
@@ -42,7 +43,7 @@ func addOurs(all map[string]map[string]contestant) {
 }
 
 func apply(opts *archive.ApplyOptions) contestant {
-	return func(ctx context.Context, j *job) (cost, error) {
+	return func(ctx context.Context, j *job) (timing.Cost, error) {
 		return fromFile(j.Tar, func(r io.Reader) error {
 			_, err := archive.Apply(ctx, j.Dir, r, opts)
 			return err
@@ -51,8 +52,8 @@ func apply(opts *archive.ApplyOptions) contestant {
 }
 
 func write(opts *archive.WriteOptions) contestant {
-	return func(ctx context.Context, j *job) (cost, error) {
-		return timed(func() error {
+	return func(ctx context.Context, j *job) (timing.Cost, error) {
+		return timing.Of(func() error {
 			_, err := archive.Write(ctx, io.Discard, j.Tree, opts)
 			return err
 		})
@@ -60,9 +61,9 @@ func write(opts *archive.WriteOptions) contestant {
 }
 
 func compare(opts func(*job) *archive.CompareOptions) contestant {
-	return func(ctx context.Context, j *job) (cost, error) {
+	return func(ctx context.Context, j *job) (timing.Cost, error) {
 		n, found := 0, false
-		spent, err := timed(func() error {
+		spent, err := timing.Of(func() error {
 			for c, err := range archive.Compare(ctx, j.Old, j.Tree, opts(j)) {
 				if err != nil {
 					return err
@@ -73,7 +74,7 @@ func compare(opts func(*job) *archive.CompareOptions) contestant {
 			return nil
 		})
 		if err != nil {
-			return cost{}, err
+			return timing.Cost{}, err
 		}
 		return spent, wantChanges(found, n)
 	}
@@ -81,10 +82,10 @@ func compare(opts func(*job) *archive.CompareOptions) contestant {
 
 // lifecycle takes what the table's name says: no syncs on tmpfs, the records
 // synced on ext4.
-func lifecycle(ctx context.Context, j *job) (cost, error) {
+func lifecycle(ctx context.Context, j *job) (timing.Cost, error) {
 	root, err := workRoot(ctx, j)
 	if err != nil {
-		return cost{}, err
+		return timing.Cost{}, err
 	}
 	durability := layerfs.DurabilityNone
 	if j.FS != "" {
@@ -92,21 +93,21 @@ func lifecycle(ctx context.Context, j *job) (cost, error) {
 	}
 	d, err := overlay.New(root, &overlay.Options{Durability: durability})
 	if err != nil {
-		return cost{}, err
+		return timing.Cost{}, err
 	}
 	defer d.Close()
 	if err := d.Create(ctx, "base", "", nil); err != nil {
-		return cost{}, err
+		return timing.Cost{}, err
 	}
 	dir, err := d.Get(ctx, "base", nil)
 	if err != nil {
-		return cost{}, err
+		return timing.Cost{}, err
 	}
 	if err := fillBase(dir); err != nil {
-		return cost{}, err
+		return timing.Cost{}, err
 	}
 	if err := d.Put(ctx, "base"); err != nil {
-		return cost{}, err
+		return timing.Cost{}, err
 	}
 	return perContainer(j.N, func(id string) error {
 		if err := d.Create(ctx, id, "base", nil); err != nil {
@@ -127,27 +128,27 @@ func lifecycle(ctx context.Context, j *job) (cost, error) {
 }
 
 // fullCopy is a vfs layer on a parent that has the tree.
-func fullCopy(ctx context.Context, j *job) (spent cost, err error) {
+func fullCopy(ctx context.Context, j *job) (spent timing.Cost, err error) {
 	root, err := workRoot(ctx, j)
 	if err != nil {
-		return cost{}, err
+		return timing.Cost{}, err
 	}
 	d, err := vfs.New(filepath.Join(root, "root"), &vfs.Options{Durability: layerfs.DurabilityNone})
 	if err != nil {
-		return cost{}, err
+		return timing.Cost{}, err
 	}
 	defer d.Close()
 	if err := d.Create(ctx, "base", "", nil); err != nil {
-		return cost{}, err
+		return timing.Cost{}, err
 	}
 	_, err = fromFile(j.Tar, func(r io.Reader) error {
 		_, err := d.Apply(ctx, "base", r, nil)
 		return err
 	})
 	if err != nil {
-		return cost{}, fmt.Errorf("fill the parent: %w", err)
+		return timing.Cost{}, fmt.Errorf("fill the parent: %w", err)
 	}
-	return timed(func() error { return d.Create(ctx, "copy", "base", nil) })
+	return timing.Of(func() error { return d.Create(ctx, "copy", "base", nil) })
 }
 
 // writeTo writes a tree with everything it has.

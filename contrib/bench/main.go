@@ -123,7 +123,7 @@ func measure(ctx context.Context, text string, w io.Writer) error {
 	if err != nil {
 		return err
 	}
-	r := result{Seconds: spent.wall.Seconds(), CPU: spent.cpu.Seconds()}
+	r := result{Seconds: spent.Wall.Seconds(), CPU: spent.CPU.Seconds()}
 	if !external(j.Who) {
 		if r.Peak, err = peak(); err != nil {
 			return err

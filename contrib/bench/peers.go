@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"io"
 	"maps"
@@ -23,7 +22,8 @@ import (
 	poverlay "go.podman.io/storage/drivers/overlay"
 	parchive "go.podman.io/storage/pkg/archive"
 	"go.podman.io/storage/pkg/idtools"
-	"golang.org/x/sys/unix"
+
+	"github.com/layerfs/layerfs/contrib/bench/internal/timing"
 )
 
 // Names of the contestants.
@@ -40,14 +40,8 @@ const (
 // is not this process's.
 func external(who string) bool { return who == gnu }
 
-// cost is what the part of a job that counts took.
-type cost struct {
-	wall time.Duration
-	cpu  time.Duration // user and system time of all threads and child processes
-}
-
 // contestant does a job.
-type contestant func(ctx context.Context, j *job) (cost, error)
+type contestant func(ctx context.Context, j *job) (timing.Cost, error)
 
 // contestants returns who can do what.
 func contestants() map[string]map[string]contestant {
@@ -90,43 +84,17 @@ func contestants() map[string]map[string]contestant {
 	return all
 }
 
-// timed returns how long f took.
-func timed(f func() error) (cost, error) {
-	before, err := cpuTime()
-	if err != nil {
-		return cost{}, err
-	}
-	start := time.Now()
-	err = f()
-	wall := time.Since(start)
-	after, cerr := cpuTime()
-	return cost{wall, after - before}, errors.Join(err, cerr)
-}
-
-// cpuTime returns what this process and the children it has waited for used.
-func cpuTime() (time.Duration, error) {
-	var sum int64
-	for _, who := range []int{unix.RUSAGE_SELF, unix.RUSAGE_CHILDREN} {
-		var u unix.Rusage
-		if err := unix.Getrusage(who, &u); err != nil {
-			return 0, err
-		}
-		sum += u.Utime.Nano() + u.Stime.Nano()
-	}
-	return time.Duration(sum), nil
-}
-
 // fromFile times f on an open layer.
-func fromFile(path string, f func(io.Reader) error) (cost, error) {
+func fromFile(path string, f func(io.Reader) error) (timing.Cost, error) {
 	src, err := os.Open(path)
 	if err != nil {
-		return cost{}, err
+		return timing.Cost{}, err
 	}
 	defer src.Close()
-	return timed(func() error { return f(src) })
+	return timing.Of(func() error { return f(src) })
 }
 
-func applyContainerd(ctx context.Context, j *job) (cost, error) {
+func applyContainerd(ctx context.Context, j *job) (timing.Cost, error) {
 	return fromFile(j.Tar, func(r io.Reader) error {
 		stream, err := cdcompression.DecompressStream(r)
 		if err != nil {
@@ -138,14 +106,14 @@ func applyContainerd(ctx context.Context, j *job) (cost, error) {
 	})
 }
 
-func applyMoby(_ context.Context, j *job) (cost, error) {
+func applyMoby(_ context.Context, j *job) (timing.Cost, error) {
 	return fromFile(j.Tar, func(r io.Reader) error {
 		_, err := mobyarchive.ApplyLayer(j.Dir, r)
 		return err
 	})
 }
 
-func applyPodman(_ context.Context, j *job) (cost, error) {
+func applyPodman(_ context.Context, j *job) (timing.Cost, error) {
 	return fromFile(j.Tar, func(r io.Reader) error {
 		_, err := parchive.ApplyLayer(j.Dir, r)
 		return err
@@ -157,12 +125,12 @@ func tarExtract(path, dir string) []string {
 	return []string{"--extract", "--file", path, "--directory", dir, "--same-permissions", "--numeric-owner", "--xattrs", "--xattrs-include=*"}
 }
 
-func applyTar(ctx context.Context, j *job) (cost, error) {
-	return timed(func() error { return command(ctx, "tar", tarExtract(j.Tar, j.Dir)...) })
+func applyTar(ctx context.Context, j *job) (timing.Cost, error) {
+	return timing.Of(func() error { return command(ctx, "tar", tarExtract(j.Tar, j.Dir)...) })
 }
 
 // decompress is what no way to apply a compressed layer in one stream can beat.
-func decompress(_ context.Context, j *job) (cost, error) {
+func decompress(_ context.Context, j *job) (timing.Cost, error) {
 	return fromFile(j.Tar, func(r io.Reader) error {
 		if filepath.Ext(j.Tar) == ".gz" {
 			z, err := gzip.NewReader(r)
@@ -182,8 +150,8 @@ func decompress(_ context.Context, j *job) (cost, error) {
 	})
 }
 
-func writeContainerd(ctx context.Context, j *job) (cost, error) {
-	return timed(func() error { return cdarchive.WriteDiff(ctx, io.Discard, "", j.Tree) })
+func writeContainerd(ctx context.Context, j *job) (timing.Cost, error) {
+	return timing.Of(func() error { return cdarchive.WriteDiff(ctx, io.Discard, "", j.Tree) })
 }
 
 // drain reads a stream to its end.
@@ -196,18 +164,18 @@ func drain(r io.ReadCloser, err error) error {
 	return err
 }
 
-func writeMoby(_ context.Context, j *job) (cost, error) {
-	return timed(func() error { return drain(mobyarchive.TarWithOptions(j.Tree, &mobyarchive.TarOptions{})) })
+func writeMoby(_ context.Context, j *job) (timing.Cost, error) {
+	return timing.Of(func() error { return drain(mobyarchive.TarWithOptions(j.Tree, &mobyarchive.TarOptions{})) })
 }
 
-func writePodman(_ context.Context, j *job) (cost, error) {
-	return timed(func() error { return drain(parchive.TarWithOptions(j.Tree, &parchive.TarOptions{})) })
+func writePodman(_ context.Context, j *job) (timing.Cost, error) {
+	return timing.Of(func() error { return drain(parchive.TarWithOptions(j.Tree, &parchive.TarOptions{})) })
 }
 
 // writeTar reads from a pipe: GNU tar does not read files at all when it sees
 // that its output is /dev/null.
-func writeTar(ctx context.Context, j *job) (cost, error) {
-	return timed(func() error {
+func writeTar(ctx context.Context, j *job) (timing.Cost, error) {
+	return timing.Of(func() error {
 		cmd := exec.CommandContext(ctx, "tar", "--create", "--file=-", "--directory", j.Tree,
 			"--format=posix", "--numeric-owner", "--xattrs", "--xattrs-include=*", ".")
 		out, err := cmd.StdoutPipe()
@@ -233,9 +201,9 @@ func wantChanges(found bool, n int) error {
 	return nil
 }
 
-func changesContainerd(ctx context.Context, j *job) (cost, error) {
+func changesContainerd(ctx context.Context, j *job) (timing.Cost, error) {
 	n, found := 0, false
-	spent, err := timed(func() error {
+	spent, err := timing.Of(func() error {
 		return confs.Changes(ctx, j.Old, j.Tree, func(_ confs.ChangeKind, path string, _ os.FileInfo, err error) error {
 			n++
 			found = found || filepath.Base(path) == changedFile
@@ -243,16 +211,16 @@ func changesContainerd(ctx context.Context, j *job) (cost, error) {
 		})
 	})
 	if err != nil {
-		return cost{}, err
+		return timing.Cost{}, err
 	}
 	return spent, wantChanges(found, n)
 }
 
-func changesMoby(_ context.Context, j *job) (cost, error) {
+func changesMoby(_ context.Context, j *job) (timing.Cost, error) {
 	var changes []mobyarchive.Change
-	spent, err := timed(func() (err error) { changes, err = mobyarchive.ChangesDirs(j.Tree, j.Old); return err })
+	spent, err := timing.Of(func() (err error) { changes, err = mobyarchive.ChangesDirs(j.Tree, j.Old); return err })
 	if err != nil {
-		return cost{}, err
+		return timing.Cost{}, err
 	}
 	found := false
 	for _, c := range changes {
@@ -261,14 +229,14 @@ func changesMoby(_ context.Context, j *job) (cost, error) {
 	return spent, wantChanges(found, len(changes))
 }
 
-func changesPodman(_ context.Context, j *job) (cost, error) {
+func changesPodman(_ context.Context, j *job) (timing.Cost, error) {
 	var changes []parchive.Change
-	spent, err := timed(func() (err error) {
+	spent, err := timing.Of(func() (err error) {
 		changes, err = parchive.ChangesDirs(j.Tree, &idtools.IDMappings{}, j.Old, &idtools.IDMappings{})
 		return err
 	})
 	if err != nil {
-		return cost{}, err
+		return timing.Cost{}, err
 	}
 	found := false
 	for _, c := range changes {
@@ -277,20 +245,20 @@ func changesPodman(_ context.Context, j *job) (cost, error) {
 	return spent, wantChanges(found, len(changes))
 }
 
-func copyContainerd(ctx context.Context, j *job) (cost, error) {
+func copyContainerd(ctx context.Context, j *job) (timing.Cost, error) {
 	root, tree, err := copySource(ctx, j)
 	if err != nil {
-		return cost{}, err
+		return timing.Cost{}, err
 	}
-	return timed(func() error { return confs.CopyDir(filepath.Join(root, "copy"), tree) })
+	return timing.Of(func() error { return confs.CopyDir(filepath.Join(root, "copy"), tree) })
 }
 
-func copyGNU(ctx context.Context, j *job) (cost, error) {
+func copyGNU(ctx context.Context, j *job) (timing.Cost, error) {
 	root, tree, err := copySource(ctx, j)
 	if err != nil {
-		return cost{}, err
+		return timing.Cost{}, err
 	}
-	return timed(func() error {
+	return timing.Of(func() error {
 		return command(ctx, "cp", "-a", "--reflink=auto", tree, filepath.Join(root, "copy"))
 	})
 }
@@ -299,13 +267,13 @@ func copyGNU(ctx context.Context, j *job) (cost, error) {
 const warmUp = 20
 
 // perContainer times one container's life, after some that do not count.
-func perContainer(n int, life func(id string) error) (cost, error) {
+func perContainer(n int, life func(id string) error) (timing.Cost, error) {
 	for i := range warmUp {
 		if err := life(fmt.Sprintf("warm-%d", i)); err != nil {
-			return cost{}, err
+			return timing.Cost{}, err
 		}
 	}
-	spent, err := timed(func() error {
+	spent, err := timing.Of(func() error {
 		for i := range n {
 			if err := life(fmt.Sprintf("container-%d", i)); err != nil {
 				return err
@@ -313,7 +281,7 @@ func perContainer(n int, life func(id string) error) (cost, error) {
 		}
 		return nil
 	})
-	return cost{spent.wall / time.Duration(n), spent.cpu / time.Duration(n)}, err
+	return timing.Cost{Wall: spent.Wall / time.Duration(n), CPU: spent.CPU / time.Duration(n)}, err
 }
 
 // fillBase gives a base layer something to show.
@@ -332,25 +300,25 @@ func checkMerged(dir string) error {
 	return err
 }
 
-func lifecycleContainerd(ctx context.Context, j *job) (cost, error) {
+func lifecycleContainerd(ctx context.Context, j *job) (timing.Cost, error) {
 	root, err := workRoot(ctx, j)
 	if err != nil {
-		return cost{}, err
+		return timing.Cost{}, err
 	}
 	sn, err := cdoverlay.NewSnapshotter(filepath.Join(root, "snapshotter"))
 	if err != nil {
-		return cost{}, err
+		return timing.Cost{}, err
 	}
 	defer sn.Close()
 	mounts, err := sn.Prepare(ctx, "base-active", "")
 	if err != nil {
-		return cost{}, err
+		return timing.Cost{}, err
 	}
 	if err := fillBase(mounts[0].Source); err != nil { // a bind mount of the layer itself
-		return cost{}, err
+		return timing.Cost{}, err
 	}
 	if err := sn.Commit(ctx, "base", "base-active"); err != nil {
-		return cost{}, err
+		return timing.Cost{}, err
 	}
 	return perContainer(j.N, func(id string) error {
 		mounts, err := sn.Prepare(ctx, id, "base")
@@ -377,21 +345,21 @@ func lifecycleContainerd(ctx context.Context, j *job) (cost, error) {
 	})
 }
 
-func lifecyclePodman(ctx context.Context, j *job) (cost, error) {
+func lifecyclePodman(ctx context.Context, j *job) (timing.Cost, error) {
 	root, err := workRoot(ctx, j)
 	if err != nil {
-		return cost{}, err
+		return timing.Cost{}, err
 	}
 	d, err := poverlay.Init(filepath.Join(root, "overlay"), graphdriver.Options{Root: root, RunRoot: filepath.Join(root, "run")})
 	if err != nil {
-		return cost{}, err
+		return timing.Cost{}, err
 	}
 	defer func() { _ = d.Cleanup() }()
 	if err := d.Create("base", "", nil); err != nil {
-		return cost{}, err
+		return timing.Cost{}, err
 	}
 	if err := fillBase(filepath.Join(root, "overlay", "base", "diff")); err != nil {
-		return cost{}, err
+		return timing.Cost{}, err
 	}
 	return perContainer(j.N, func(id string) error {
 		if err := d.CreateReadWrite(id, "base", nil); err != nil {

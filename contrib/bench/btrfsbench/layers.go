@@ -249,7 +249,7 @@ func (b *bench) growthOne(ctx context.Context, files int) (err error) {
 	}
 	costs := all[ours]
 	ms := func(d time.Duration) float64 { return float64(d) / 1e6 }
-	fmt.Fprintf(b.w, "| %d | %.3f | %.3f | %.3f |\n", files, ms(median(costs)), ms(costs[0].wall), ms(medianCPU(costs)))
+	fmt.Fprintf(b.w, "| %d | %.3f | %.3f | %.3f |\n", files, ms(median(costs)), ms(costs[0].Wall), ms(medianCPU(costs)))
 	return nil
 }
 

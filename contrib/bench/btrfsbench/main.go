@@ -39,6 +39,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/layerfs/layerfs/contrib/bench/internal/timing"
 )
 
 func main() {
@@ -82,29 +84,6 @@ type bench struct {
 	rounds, files int
 }
 
-// cost is what one measurement took.
-type cost struct{ wall, cpu time.Duration }
-
-func timed(f func() error) (cost, error) {
-	before, err := cpuTime()
-	if err != nil {
-		return cost{}, err
-	}
-	start := time.Now()
-	err = f()
-	wall := time.Since(start)
-	after, cerr := cpuTime()
-	return cost{wall, after - before}, errors.Join(err, cerr)
-}
-
-func cpuTime() (time.Duration, error) {
-	var u unix.Rusage
-	if err := unix.Getrusage(unix.RUSAGE_SELF, &u); err != nil {
-		return 0, err
-	}
-	return time.Duration(u.Utime.Nano() + u.Stime.Nano()), nil
-}
-
 // contestant does one thing once; prepare, if there is any, comes before the
 // time counts.
 type contestant struct {
@@ -114,8 +93,8 @@ type contestant struct {
 
 // measure runs contestants in turn and returns the costs of each, fastest
 // first.
-func (b *bench) measure(ctx context.Context, prepare func() error, list []contestant) (map[string][]cost, error) {
-	all := make(map[string][]cost)
+func (b *bench) measure(ctx context.Context, prepare func() error, list []contestant) (map[string][]timing.Cost, error) {
+	all := make(map[string][]timing.Cost)
 	for round := range b.rounds {
 		for i := range list {
 			if err := context.Cause(ctx); err != nil {
@@ -126,7 +105,7 @@ func (b *bench) measure(ctx context.Context, prepare func() error, list []contes
 				return nil, err
 			}
 			runtime.GC()
-			spent, err := timed(func() error { return c.do(ctx) })
+			spent, err := timing.Of(func() error { return c.do(ctx) })
 			if err != nil {
 				return nil, fmt.Errorf("%s: %w", c.name, err)
 			}
@@ -134,30 +113,30 @@ func (b *bench) measure(ctx context.Context, prepare func() error, list []contes
 		}
 	}
 	for _, costs := range all {
-		slices.SortFunc(costs, func(a, b cost) int { return cmp.Compare(a.wall, b.wall) })
+		slices.SortFunc(costs, func(a, b timing.Cost) int { return cmp.Compare(a.Wall, b.Wall) })
 	}
 	return all, nil
 }
 
-func median(costs []cost) time.Duration { return costs[len(costs)/2].wall }
+func median(costs []timing.Cost) time.Duration { return costs[len(costs)/2].Wall }
 
-func medianCPU(costs []cost) time.Duration {
+func medianCPU(costs []timing.Cost) time.Duration {
 	cpus := make([]time.Duration, len(costs))
 	for i, c := range costs {
-		cpus[i] = c.cpu
+		cpus[i] = c.CPU
 	}
 	slices.Sort(cpus)
 	return cpus[len(cpus)/2]
 }
 
 // table prints what was measured. Ratios are of one row to the others.
-func (b *bench) table(title string, list []contestant, all map[string][]cost, per int, against string) {
+func (b *bench) table(title string, list []contestant, all map[string][]timing.Cost, per int, against string) {
 	fmt.Fprintf(b.w, "\n### %s\n\n| | median ms | fastest ms | CPU ms | its time / %s | CPU |\n|---|---|---|---|---|---|\n", title, against)
 	ms := func(d time.Duration) float64 { return float64(d) / float64(per) / 1e6 }
 	base := all[against]
 	for _, c := range list {
 		costs := all[c.name]
-		fmt.Fprintf(b.w, "| %s | %.3f | %.3f | %.3f | %.1f | %.1f |\n", c.name, ms(median(costs)), ms(costs[0].wall), ms(medianCPU(costs)),
+		fmt.Fprintf(b.w, "| %s | %.3f | %.3f | %.3f | %.1f | %.1f |\n", c.name, ms(median(costs)), ms(costs[0].Wall), ms(medianCPU(costs)),
 			float64(median(costs))/float64(median(base)), float64(medianCPU(costs))/float64(max(1, medianCPU(base))))
 	}
 }
