@@ -1,7 +1,6 @@
 package archive
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -14,6 +13,7 @@ import (
 	"time"
 
 	"github.com/layerfs/layerfs"
+	"github.com/layerfs/layerfs/internal/content"
 	"github.com/layerfs/layerfs/whiteout"
 )
 
@@ -831,21 +831,6 @@ func (c *portableComparer) differ(p string, a, b fs.FileInfo) (bool, error) {
 		return false, err
 	}
 	defer g.Close()
-	x, y := make([]byte, chunkSize), make([]byte, chunkSize)
-	for {
-		if c.ctx.Err() != nil {
-			return false, context.Cause(c.ctx)
-		}
-		n, err := io.ReadFull(f, x)
-		m, err2 := io.ReadFull(g, y)
-		if n != m || !bytes.Equal(x[:n], y[:m]) {
-			return true, nil
-		}
-		if err == io.EOF || err == io.ErrUnexpectedEOF {
-			return false, nil
-		}
-		if err = errors.Join(err, err2); err != nil {
-			return false, err
-		}
-	}
+	same, err := content.Equal(c.ctx, f, g)
+	return !same, err
 }

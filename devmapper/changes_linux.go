@@ -7,7 +7,6 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
-	"io"
 	"iter"
 	"os"
 	"slices"
@@ -18,6 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/layerfs/layerfs"
+	"github.com/layerfs/layerfs/internal/content"
 	"github.com/layerfs/layerfs/internal/lifecycle"
 	"github.com/layerfs/layerfs/internal/sys"
 )
@@ -507,23 +507,7 @@ func sameContent(ctx context.Context, a, b int, name string) (bool, error) {
 		files[i] = os.NewFile(uintptr(fd), name)
 		defer files[i].Close()
 	}
-	x, y := make([]byte, 128<<10), make([]byte, 128<<10)
-	for {
-		if err := context.Cause(ctx); err != nil {
-			return false, err
-		}
-		n, err := io.ReadFull(files[0], x)
-		k, kerr := io.ReadFull(files[1], y)
-		if n != k || string(x[:n]) != string(y[:k]) {
-			return false, nil
-		}
-		if err == io.EOF || err == io.ErrUnexpectedEOF {
-			return true, nil
-		}
-		if err := errors.Join(err, kerr); err != nil {
-			return false, err
-		}
-	}
+	return content.Equal(ctx, files[0], files[1])
 }
 
 func xattrsDiffer(a, b string) (bool, error) {

@@ -5,7 +5,6 @@ import (
 	"context"
 	"encoding/binary"
 	"errors"
-	"io"
 	"maps"
 	"os"
 	"slices"
@@ -13,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/layerfs/layerfs"
+	"github.com/layerfs/layerfs/internal/content"
 	"github.com/layerfs/layerfs/internal/sys"
 )
 
@@ -116,25 +116,37 @@ func (c *comparer) names(oldDir, newDir *os.File, s *suspect, whole bool) ([]str
 // inodesIn lists a directory. The inode numbers come with the names.
 func inodesIn(dir *os.File) (map[string]uint64, error) {
 	list := make(map[string]uint64)
-	buf := make([]byte, 32<<10)
+	err := readDir(dir, make([]byte, 32<<10), func(e entry) { list[e.name] = e.ino })
+	return list, err
+}
+
+// entry is a name in a directory.
+type entry struct {
+	name string
+	ino  uint64
+	kind byte // DT_DIR etc.
+}
+
+// readDir calls fn for all names in a directory but "." and "..".
+func readDir(dir *os.File, buf []byte, fn func(entry)) error {
 	for {
 		n, err := unix.Getdents(int(dir.Fd()), buf)
 		if errors.Is(err, unix.EINTR) {
 			continue
 		}
 		if err != nil {
-			return nil, &os.PathError{Op: "getdents64", Path: dir.Name(), Err: err}
+			return &os.PathError{Op: "getdents64", Path: dir.Name(), Err: err}
 		}
 		if n == 0 {
-			return list, nil
+			return nil
 		}
 		for rest := buf[:n]; len(rest) > 0; {
-			ino, name, size, ok := dirent(rest)
+			e, size, ok := dirent(rest)
 			if !ok {
-				return nil, &os.PathError{Op: "getdents64", Path: dir.Name(), Err: unix.EBADMSG}
+				return &os.PathError{Op: "getdents64", Path: dir.Name(), Err: unix.EBADMSG}
 			}
-			if name != "." && name != ".." {
-				list[name] = ino
+			if e.name != "." && e.name != ".." {
+				fn(e)
 			}
 			rest = rest[size:]
 		}
@@ -373,40 +385,22 @@ func contentDiffers(ctx context.Context, a, b *place) (bool, error) {
 		return false, err
 	}
 	defer g.Close()
-	const chunk = 128 << 10
-	x, y := make([]byte, chunk), make([]byte, chunk)
-	for {
-		if err := context.Cause(ctx); err != nil {
-			return false, err
-		}
-		n, err := io.ReadFull(f, x)
-		m, err2 := io.ReadFull(g, y)
-		if n != m || !bytes.Equal(x[:n], y[:m]) {
-			return true, nil
-		}
-		for _, err := range []error{err, err2} {
-			if err != nil && err != io.EOF && err != io.ErrUnexpectedEOF {
-				return false, err
-			}
-		}
-		if n < chunk {
-			return false, nil
-		}
-	}
+	same, err := content.Equal(ctx, f, g)
+	return !same, err
 }
 
 // dirent takes the first entry of a buffer that getdents64(2) filled: struct
 // linux_dirent64 is the inode and an offset of eight bytes each, the length of
 // the record in two, the type in one, and the name.
-func dirent(buf []byte) (ino uint64, name string, size int, ok bool) {
+func dirent(buf []byte) (e entry, size int, ok bool) {
 	const header = 19
 	if len(buf) < header {
-		return 0, "", 0, false
+		return e, 0, false
 	}
 	size = int(binary.NativeEndian.Uint16(buf[16:]))
 	if size <= header || size > len(buf) {
-		return 0, "", 0, false
+		return e, 0, false
 	}
 	text, _, _ := bytes.Cut(buf[header:size], []byte{0})
-	return binary.NativeEndian.Uint64(buf), string(text), size, true
+	return entry{name: string(text), ino: binary.NativeEndian.Uint64(buf), kind: buf[18]}, size, true
 }

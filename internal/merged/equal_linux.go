@@ -3,15 +3,14 @@ package merged
 import (
 	"bytes"
 	"cmp"
-	"context"
 	"errors"
-	"io"
 	"os"
 	"slices"
 	"strings"
 
 	"golang.org/x/sys/unix"
 
+	"github.com/layerfs/layerfs/internal/content"
 	"github.com/layerfs/layerfs/internal/sys"
 )
 
@@ -151,24 +150,5 @@ func (c *comparison) equalContents(a, b Place) (bool, error) {
 		return false, err
 	}
 	defer bf.Close()
-	const chunk = 128 << 10
-	abuf, bbuf := make([]byte, chunk), make([]byte, chunk)
-	for {
-		if err := context.Cause(c.ctx); err != nil {
-			return false, err
-		}
-		an, aerr := io.ReadFull(af, abuf)
-		bn, berr := io.ReadFull(bf, bbuf)
-		if !bytes.Equal(abuf[:an], bbuf[:bn]) {
-			return false, nil
-		}
-		if end(aerr) || end(berr) {
-			return end(aerr) == end(berr), nil
-		}
-		if err := errors.Join(aerr, berr); err != nil {
-			return false, err
-		}
-	}
+	return content.Equal(c.ctx, af, bf)
 }
-
-func end(err error) bool { return err == io.EOF || err == io.ErrUnexpectedEOF } //nolint:errorlint // io.ReadFull returns them bare
