@@ -52,14 +52,15 @@ func (fs *FS) getAttr(n *Node, st *unix.Stat_t) error {
 				i.unpin()
 			}
 		}
-		st.Nlink = nlinkT(nlink)
+		setInt(&st.Nlink, nlink)
 		return nil
 	}
 	if dead {
 		if err != nil {
 			*st = *last
 		}
-		st.Ino, st.Nlink = n.ino, nlinkT(left)
+		st.Ino = n.ino
+		setInt(&st.Nlink, uint64(left))
 		return nil
 	}
 	if err != nil || keyOf(st) != k {
@@ -78,10 +79,10 @@ func (fs *FS) getAttr(n *Node, st *unix.Stat_t) error {
 	st.Ino = n.ino
 	if pl != nil {
 		fs.tabMu.Lock()
-		st.Nlink = nlinkT(uint64(pl.nlink))
+		setInt(&st.Nlink, uint64(pl.nlink))
 		fs.tabMu.Unlock()
 	} else if hidden > 0 {
-		st.Nlink = nlinkT(visible(uint64(st.Nlink), uint64(hidden)))
+		setInt(&st.Nlink, visible(uint64(st.Nlink), uint64(hidden)))
 	}
 	return nil
 }
@@ -427,6 +428,10 @@ func (fs *FS) changeXattr(n *Node, name string, do func(*ref) error) error {
 	return errno(do(&r))
 }
 
+// setInt sets a field of a kernel structure whose width depends on the
+// processor.
+func setInt[T int32 | int64 | uint32 | uint64](field *T, v uint64) { *field = T(v) }
+
 // Statfs tells about the first branch, or with SumFree about all.
 func (fs *FS) Statfs(out *unix.Statfs_t) error {
 	fs.stackMu.RLock()
@@ -437,7 +442,7 @@ func (fs *FS) Statfs(out *unix.Statfs_t) error {
 	if err := unix.Fstatfs(fs.stack[0].root, out); err != nil {
 		return err
 	}
-	out.Namelen = int64(fs.format.MaxName())
+	setInt(&out.Namelen, uint64(fs.format.MaxName()))
 	if !fs.sum {
 		return nil
 	}

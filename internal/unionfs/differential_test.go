@@ -39,7 +39,7 @@ func randomOp(r *rand.Rand, k int) op {
 	}
 	a, b := pick(), pick()
 	data := fmt.Sprint("data", k)
-	when := unix.Timespec{Sec: int64(5000 + k), Nsec: 42}
+	when := unix.NsecToTimespec(int64(5000+k)*1e9 + 42)
 	mtime := func(root, p string) {
 		unix.UtimesNanoAt(unix.AT_FDCWD, root+p, []unix.Timespec{when, when}, unix.AT_SYMLINK_NOFOLLOW)
 	}

@@ -300,7 +300,7 @@ func (fs *FS) attach(dir *Node, name string, f *found, st *unix.Stat_t) (*Node, 
 		}
 		*st = f.st
 		st.Ino = n.ino
-		st.Nlink = nlinkT(f.nlink)
+		setInt(&st.Nlink, f.nlink)
 		return n, nil
 	}
 	p := fs.plinks[k]
@@ -348,9 +348,9 @@ func (fs *FS) attach(dir *Node, name string, f *found, st *unix.Stat_t) (*Node, 
 			fs.Forget(n, 1)
 			return nil, errno(err)
 		}
-		st.Nlink = nlinkT(uint64(pl.nlink))
+		setInt(&st.Nlink, uint64(pl.nlink))
 	} else if hidden > 0 {
-		st.Nlink = nlinkT(visible(uint64(st.Nlink), uint64(hidden)))
+		setInt(&st.Nlink, visible(uint64(st.Nlink), uint64(hidden)))
 	}
 	st.Ino = n.ino
 	return n, nil
