@@ -66,7 +66,9 @@ type Branch struct {
 	ino  uint64
 	root int  // O_PATH descriptor
 	priv bool // root is a private clone of the mount
-	lock *os.File
+	// atime is what the mount does with access times, MOUNT_ATTR__ATIME.
+	atime uint64
+	lock  *os.File
 
 	plnk    int          // O_PATH descriptor of the plink directory; -1 if none
 	files   atomic.Int64 // open files on this branch
@@ -111,6 +113,11 @@ func openBranch(path string, perm Perm) (b *Branch, err error) {
 	b.root, err = unix.OpenTree(unix.AT_FDCWD, path, unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC)
 	if err == nil {
 		b.priv = true
+		var sf unix.Statfs_t
+		if err = unix.Fstatfs(b.root, &sf); err != nil {
+			return nil, &os.PathError{Op: "fstatfs", Path: path, Err: err}
+		}
+		b.atime = atimeAttr(uint64(sf.Flags))
 		if err = b.restrict(); err != nil {
 			return nil, &os.PathError{Op: "mount_setattr", Path: path, Err: err}
 		}
@@ -144,16 +151,37 @@ func openBranch(path string, perm Perm) (b *Branch, err error) {
 	return b, nil
 }
 
-// restrict makes the private clone read-only if the branch is.
+// restrict makes the private clone read-only if the branch is. Such a clone can
+// note no access times, so it is told not to try at each read (touch_atime
+// takes the write access of the file system first); overlayfs does the same
+// with its lower layers (ovl_get_layers).
 func (b *Branch) restrict() error {
 	if !b.priv {
 		return nil
 	}
-	attr := unix.MountAttr{Attr_set: unix.MOUNT_ATTR_RDONLY}
+	attr := unix.MountAttr{Attr_set: unix.MOUNT_ATTR_RDONLY | unix.MOUNT_ATTR_NOATIME, Attr_clr: unix.MOUNT_ATTR__ATIME}
 	if b.perm == RW {
-		attr = unix.MountAttr{Attr_clr: unix.MOUNT_ATTR_RDONLY}
+		attr = unix.MountAttr{Attr_set: b.atime, Attr_clr: unix.MOUNT_ATTR_RDONLY | unix.MOUNT_ATTR__ATIME}
 	}
-	return unix.MountSetattr(b.root, "", unix.AT_EMPTY_PATH, &attr)
+	err := unix.MountSetattr(b.root, "", unix.AT_EMPTY_PATH, &attr)
+	if err == unix.EPERM {
+		// A mount of another user namespace, whose atime flags are locked.
+		attr.Attr_set &^= unix.MOUNT_ATTR__ATIME
+		attr.Attr_clr &^= unix.MOUNT_ATTR__ATIME
+		err = unix.MountSetattr(b.root, "", unix.AT_EMPTY_PATH, &attr)
+	}
+	return err
+}
+
+// atimeAttr translates the flags of statfs(2) into those of mount_setattr(2).
+func atimeAttr(flags uint64) uint64 {
+	switch {
+	case flags&unix.ST_NOATIME != 0:
+		return unix.MOUNT_ATTR_NOATIME
+	case flags&unix.ST_RELATIME != 0:
+		return unix.MOUNT_ATTR_RELATIME
+	}
+	return unix.MOUNT_ATTR_STRICTATIME
 }
 
 // claim takes the exclusive lock that a writable branch has one owner by
