@@ -9,7 +9,6 @@ import (
 	"testing"
 
 	"github.com/stretchr/testify/require"
-	"golang.org/x/sys/unix"
 
 	"github.com/layerfs/layerfs"
 	"github.com/layerfs/layerfs/btrfs"
@@ -151,7 +150,7 @@ func (h *histories) check(id, base string) error {
 	if err != nil {
 		return err
 	}
-	hidden, err := hiddenReplacement(info[base], info[id], got)
+	hidden, err := btrfstest.HiddenReplacement(info[base], info[id], got)
 	if err != nil {
 		return err
 	}
@@ -160,28 +159,6 @@ func (h *histories) check(id, base string) error {
 		err = fmt.Errorf("diff applied to %s: %v", base, diffs)
 	}
 	return errors.Join(err, h.d.Remove(ctx, "copy"))
-}
-
-// hiddenReplacement reports whether a file was replaced by an equal one. That is
-// no change by the rules of layerfs.Change, so a diff cannot have it, and the
-// names that were links of the file may be others than before.
-func hiddenReplacement(base, dir string, list []layerfs.Change) (found bool, err error) {
-	changed := map[string]bool{}
-	for _, c := range list {
-		changed[c.Path] = true
-	}
-	err = filepath.WalkDir(dir, func(p string, e os.DirEntry, err error) error {
-		path := strings.TrimPrefix(p, dir)
-		if err != nil || e.IsDir() || changed[path] {
-			return err
-		}
-		var was, is unix.Stat_t
-		if unix.Lstat(base+path, &was) == nil && unix.Lstat(p, &is) == nil && was.Ino != is.Ino {
-			found = true
-		}
-		return nil
-	})
-	return found, err
 }
 
 func (h *histories) transfer(to, id, base string) (err error) {

@@ -10,6 +10,8 @@ import (
 	"testing"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/layerfs/layerfs"
 )
 
 // History makes random changes in a tree: creations, writes, truncations, holes,
@@ -238,4 +240,27 @@ func Seeds(tb testing.TB, few int) (first, end uint64) {
 	}
 	first = number("LAYERFS_SEED", 1)
 	return first, first + number("LAYERFS_HISTORIES", uint64(few))
+}
+
+// HiddenReplacement reports whether a file was replaced by an equal one between
+// two trees, list being their changes. That is no change by the rules of
+// [layerfs.Change], so a diff cannot have it, and the names that were links of
+// the file may be others than before.
+func HiddenReplacement(older, newer string, list []layerfs.Change) (found bool, err error) {
+	changed := map[string]bool{}
+	for _, c := range list {
+		changed[c.Path] = true
+	}
+	err = filepath.WalkDir(newer, func(p string, e os.DirEntry, err error) error {
+		path := strings.TrimPrefix(p, newer)
+		if err != nil || e.IsDir() || changed[path] {
+			return err
+		}
+		var was, is unix.Stat_t
+		if unix.Lstat(older+path, &was) == nil && unix.Lstat(p, &is) == nil && was.Ino != is.Ino {
+			found = true
+		}
+		return nil
+	})
+	return found, err
 }
