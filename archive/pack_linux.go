@@ -832,7 +832,7 @@ func readEntries(fd int) ([]dirEntry, error) {
 			}
 			name := field(b[19:reclen])
 			if name != "." && name != ".." {
-				out = append(out, dirEntry{name, tarType(b[18])})
+				out = append(out, dirEntry{name, entryType(fd, name, b[18])})
 			}
 			b = b[reclen:]
 		}
@@ -841,7 +841,16 @@ func readEntries(fd int) ([]dirEntry, error) {
 	return out, nil
 }
 
-func tarType(dt byte) byte {
+// entryType returns the tar type of a name in a directory that is listed with
+// type dt. File systems need not tell it, which costs a stat (readdir(3),
+// DT_UNKNOWN). A name that is gone by now has none.
+func entryType(dir int, name string, dt byte) byte {
+	if dt == unix.DT_UNKNOWN {
+		var st unix.Stat_t
+		if unix.Fstatat(dir, name, &st, unix.AT_SYMLINK_NOFOLLOW) == nil {
+			dt = byte(st.Mode & unix.S_IFMT >> 12) // IFTODT in <dirent.h>
+		}
+	}
 	switch dt {
 	case unix.DT_REG:
 		return typeReg

@@ -283,11 +283,13 @@ var old = time.Date(2015, 1, 1, 0, 0, 0, 0, time.UTC)
 // path and layer alone. Where the driver keeps whole seconds, the others lose
 // what is less, so that a model has the times that its layer can have.
 func (e *env) stamp(root string, layer int) error {
-	return filepath.WalkDir(root, func(path string, entry fs.DirEntry, err error) error {
+	return filepath.WalkDir(root, func(path string, _ fs.DirEntry, err error) error {
 		if err != nil {
 			return err
 		}
-		fi, err := entry.Info()
+		// The entry may know what the file was like when the directory was read,
+		// and another name of it may have been stamped since.
+		fi, err := os.Lstat(path)
 		if err != nil {
 			return err
 		}
