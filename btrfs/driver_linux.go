@@ -58,6 +58,8 @@ type mechanism struct {
 	removal  error // why a subvolume cannot be removed in one step; nil if it can
 	quotas   error // why there are no quotas; nil if there are
 
+	subvolumes btrfs.Dir // of the layers
+
 	gone qgroups
 
 	noExchange bool // tests: as on kernels that cannot exchange subvolumes
@@ -134,6 +136,11 @@ func (m *mechanism) prepare() error {
 			return err
 		}
 	}
+	f, err := m.dir.KeepOpen(m.layers())
+	if err != nil {
+		return err
+	}
+	m.subvolumes = btrfs.Dir{F: f}
 	if err := m.sweep(); err != nil {
 		return err
 	}

@@ -33,13 +33,13 @@ func (m *mechanism) Create(ctx context.Context, rec *lifecycle.Record, parent li
 	if len(parent) == 0 {
 		return m.build(ctx, rec, makeEmpty)
 	}
-	src := m.Path(parent.Layer().ID)
+	src := parent.Layer().ID
 	return m.build(ctx, rec, func(path string) error {
-		nested, err := btrfs.FreezeAndSnapshot(path, src)
+		nested, err := m.subvolumes.FreezeAndSnapshot(rec.ID, src)
 		if err != nil || !nested {
 			return err
 		}
-		return m.snapshotTree(ctx, path, src)
+		return m.snapshotTree(ctx, path, m.Path(src))
 	})
 }
 
@@ -103,7 +103,13 @@ func (m *mechanism) Delete(ctx context.Context, rec *lifecycle.Record) error {
 	if err != nil {
 		return err
 	}
-	return errors.Join(m.destroy(ctx, m.Path(rec.ID)), m.destroy(ctx, m.dir.BuildPath(rec.ID)))
+	if !m.plainRemoval() || m.subvolumes.Destroy(rec.ID) != nil {
+		err = m.destroy(ctx, m.Path(rec.ID))
+	}
+	if m.dir.NoBuild(rec.ID) {
+		return err
+	}
+	return errors.Join(err, m.destroy(ctx, m.dir.BuildPath(rec.ID)))
 }
 
 // Stored lists what is in the directories.

@@ -75,8 +75,7 @@ func snapshotNested(dst, src string) error {
 // destroy removes the tree at path, with nested subvolumes.
 // Nothing there is no error.
 func (m *mechanism) destroy(ctx context.Context, path string) error {
-	if m.quotas != nil && m.removal == nil {
-		// The usual case in one call: nothing is nested, and there is no qgroup.
+	if m.plainRemoval() {
 		err := btrfs.Destroy(path)
 		if err == nil || errors.Is(err, fs.ErrNotExist) {
 			return nil
@@ -101,6 +100,10 @@ func (m *mechanism) destroy(ctx context.Context, path string) error {
 	}
 	return err
 }
+
+// plainRemoval reports whether one call usually removes a subvolume: unless some
+// are nested in it, as there are no qgroups.
+func (m *mechanism) plainRemoval() bool { return m.quotas != nil && m.removal == nil }
 
 // emptyAndRemove removes a subvolume by removing its files, which is what a
 // user may do without user_subvol_rm_allowed: rmdir(2) takes an empty one.

@@ -86,29 +86,58 @@ func Snapshot(path, src string, readOnly bool) error {
 	return snapshot(path, from, readOnly)
 }
 
-// FreezeAndSnapshot is [SetReadOnly] of src and a writable [Snapshot] of it, in
-// fewer calls. If other subvolumes are nested in src, which a snapshot would
-// lack, it makes none and returns true.
-func FreezeAndSnapshot(path, src string) (nested bool, err error) {
-	from, err := openDir(src)
+// Dir is a directory of subvolumes that its owner keeps open, so that the kernel
+// looks up one name and not a whole path for each of them.
+type Dir struct{ F *os.File }
+
+// FreezeAndSnapshot is [SetReadOnly] of the subvolume src and a writable
+// [Snapshot] of it under a name, both in the directory, in fewer calls. If other
+// subvolumes are nested in src, which a snapshot would lack, it makes none and
+// returns true.
+func (d Dir) FreezeAndSnapshot(name, src string) (nested bool, err error) {
+	args := &sys.BtrfsVolArgsV2{}
+	if len(name) > maxName {
+		return false, &os.PathError{Op: "snapshot", Path: d.path(name), Err: unix.ENAMETOOLONG}
+	}
+	copy(args.Name[:], name)
+	path := d.path(src)
+	from, err := sys.Openat(int(d.F.Fd()), src, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW, 0)
 	if err != nil {
-		return false, err
+		return false, fmt.Errorf("%s: %w", path, err)
 	}
-	defer from.Close()
+	defer unix.Close(from)
 	// Before the snapshot, so that there is none of what can be written.
-	if err := setReadOnly(from, true); err != nil {
+	if err := freeze(from, path); err != nil {
 		return false, err
 	}
-	args := &sys.BtrfsRootRefs{}
-	err = sys.Ioctl(from, "ioctl BTRFS_IOC_GET_SUBVOL_ROOTREF", sys.BtrfsIocSubvolRootRef, args)
-	if errors.Is(err, unix.EOVERFLOW) || err == nil && args.Num > 0 {
+	refs := &sys.BtrfsRootRefs{}
+	err = sys.IoctlFD(from, path, "ioctl BTRFS_IOC_GET_SUBVOL_ROOTREF", sys.BtrfsIocSubvolRootRef, refs)
+	if errors.Is(err, unix.EOVERFLOW) || err == nil && refs.Num > 0 {
 		return true, nil
 	}
 	if err != nil {
 		return false, err
 	}
-	return false, snapshot(path, from, false)
+	args.FD = int64(from)
+	return false, atPath(d.path(name), sys.Ioctl(d.F, "ioctl BTRFS_IOC_SNAP_CREATE_V2", sys.BtrfsIocSnapCreateV2, args))
 }
+
+func freeze(fd int, path string) error {
+	var flags uint64
+	if err := sys.IoctlFD(fd, path, "ioctl BTRFS_IOC_SUBVOL_GETFLAGS", sys.BtrfsIocSubvolGetFlags, &flags); err != nil {
+		return notBtrfs(err)
+	}
+	if flags&flagReadOnly != 0 {
+		return nil
+	}
+	flags |= flagReadOnly
+	return sys.IoctlFD(fd, path, "ioctl BTRFS_IOC_SUBVOL_SETFLAGS", sys.BtrfsIocSubvolSetFlags, &flags)
+}
+
+// Destroy is [Destroy] of a subvolume in the directory.
+func (d Dir) Destroy(name string) error { return destroy(d.F, d.path(name)) }
+
+func (d Dir) path(name string) string { return d.F.Name() + "/" + name }
 
 func snapshot(path string, from *os.File, readOnly bool) error {
 	dir, args, err := volArgs(path)
@@ -146,13 +175,17 @@ func Destroy(path string) error {
 		return err
 	}
 	defer dir.Close()
+	return destroy(dir, path)
+}
+
+func destroy(dir *os.File, path string) error {
 	name := filepath.Base(path)
 	args := &sys.BtrfsVolArgs{}
 	if len(name) >= len(args.Name) {
 		return &os.PathError{Op: "destroy", Path: path, Err: unix.ENAMETOOLONG}
 	}
 	copy(args.Name[:], name)
-	err = sys.Ioctl(dir, "ioctl BTRFS_IOC_SNAP_DESTROY", sys.BtrfsIocSnapDestroy, args)
+	err := sys.Ioctl(dir, "ioctl BTRFS_IOC_SNAP_DESTROY", sys.BtrfsIocSnapDestroy, args)
 	if err == nil {
 		return nil
 	}

@@ -3,44 +3,80 @@ package layerdir
 import (
 	"errors"
 	"io/fs"
+	"math/bits"
+	"slices"
+	"strings"
 
 	"github.com/layerfs/layerfs"
 )
 
+// The children of a layer are a file of its name, to which the id of each is
+// appended before it is made. The records are the truth: an id stays in the file
+// when its layer is removed, or was never made, until somebody looks or the file
+// has grown. So the life of a child costs one short write here.
+//
+// The file is written by who has the lock of the layer, and only appended to or
+// replaced, so that it can be read without.
+
+// compactChildren is the size, in bytes, from which a file of children is
+// relieved of those that are gone, each time it has doubled.
+const compactChildren = 64 << 10
+
 // AddChild notes that child is about to be made on parent, whose lock the
-// caller holds. From then on parent is frozen.
+// caller holds, as it does child's. From then on parent is frozen, until child
+// has no record and nobody the lock of child.
 func (d *Dir) AddChild(parent, child string) error {
 	if err := d.use(); err != nil {
 		return err
 	}
 	defer d.unuse()
-	err := d.children.create(parent + "/" + child)
-	if !errors.Is(err, fs.ErrNotExist) {
+	// What a full disk left of the last id does not spoil this one.
+	line := "\n" + child
+	size, err := d.children.append(parent, line)
+	if err != nil {
 		return err
 	}
-	if err := d.children.mkdir(parent); err != nil {
-		return err
+	before := size - int64(len(line))
+	if size < compactChildren || bits.Len64(uint64(before)) == bits.Len64(uint64(size)) {
+		return nil
 	}
-	return d.children.create(parent + "/" + child)
+	return d.compact(parent, size)
 }
 
-// RemoveChild takes AddChild back.
-func (d *Dir) RemoveChild(parent, child string) error {
-	if err := d.use(); err != nil {
+// compact leaves the children in the file of a layer that are there or being
+// made. One that stays large is padded, so that it is looked at again only after
+// as much was appended as the look cost.
+func (d *Dir) compact(parent string, size int64) error {
+	ids, _, err := d.childrenOf(parent)
+	if err != nil {
 		return err
 	}
-	defer d.unuse()
-	return d.children.unlink(parent + "/" + child)
+	var text strings.Builder
+	for _, id := range ids {
+		is, err := d.isChild(parent, id)
+		if err != nil {
+			return err
+		}
+		if is {
+			text.WriteString("\n" + id)
+		}
+	}
+	if at := int64(text.Len()); at > size/2 {
+		text.WriteString(strings.Repeat("\n", int(size-at)))
+	}
+	_, err = d.children.replace(parent, d.temporary(parent), []byte(text.String()), volatile)
+	return err
 }
 
-// Children lists the layers that were made on id or are being made. After a
-// crash it may name layers that do not exist: see [Dir.HasChildren].
+// Children lists layers that were made on id or are being made, the oldest
+// first. It may name layers that do not exist or are not its children any more:
+// see [Dir.HasChildren].
 func (d *Dir) Children(id string) ([]string, error) {
 	ids, _, err := d.childrenOf(id)
 	return ids, err
 }
 
-// childrenOf also reports whether the layer ever had any.
+// childrenOf also reports whether there is a file.
 func (d *Dir) childrenOf(id string) (ids []string, ever bool, err error) {
 	if err := d.use(); err != nil {
 		return nil, false, err
@@ -49,15 +85,27 @@ func (d *Dir) childrenOf(id string) (ids []string, ever bool, err error) {
 	if d.childrenNames.lacks(&d.children, id) {
 		return nil, false, nil
 	}
-	ids, err = d.ids(&d.children, id)
+	b, err := d.children.read(id)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, false, nil
 	}
-	return ids, true, err
+	if err != nil {
+		return nil, false, err
+	}
+	seen := make(map[string]bool)
+	for line := range strings.Lines(string(b)) {
+		line = strings.TrimSuffix(line, "\n")
+		if line == "" || seen[line] || layerfs.CheckID(line) != nil { // padding, or what a power failure left
+			continue
+		}
+		seen[line] = true
+		ids = append(ids, line)
+	}
+	return ids, true, nil
 }
 
 // HasChildren reports whether a layer, whose lock the caller holds, has
-// children or somebody is making one. What a crashed Create left is removed.
+// children or somebody is making one.
 func (d *Dir) HasChildren(id string) (bool, error) {
 	has, _, err := d.HadChildren(id)
 	return has, err
@@ -67,29 +115,36 @@ func (d *Dir) HasChildren(id string) (bool, error) {
 // anything to do once there are none.
 func (d *Dir) HadChildren(id string) (has, ever bool, err error) {
 	children, ever, err := d.childrenOf(id)
-	if err != nil || len(children) == 0 {
+	if err != nil {
 		return false, ever, err
 	}
-	has, err = d.anyChild(id, children)
-	return has, ever, err
+	for _, child := range slices.Backward(children) { // the newest is the likeliest to be there
+		has, err := d.isChild(id, child)
+		if has || err != nil {
+			return has, ever, err
+		}
+	}
+	if len(children) > 0 { // not to look at them again
+		d.DropChildren(id)
+	}
+	return false, ever, nil
 }
 
-func (d *Dir) anyChild(id string, children []string) (bool, error) {
-	for _, child := range children {
+// isChild reports whether a layer is a child of id, or may become one.
+func (d *Dir) isChild(id, child string) (bool, error) {
+	for range 2 {
 		rec, err := d.Load(child)
-		if err == nil && rec.Parent == id {
-			return true, nil
+		if err == nil {
+			return rec.Parent == id, nil
 		}
-		if err != nil && !errors.Is(err, layerfs.ErrNotExist) {
+		if !errors.Is(err, layerfs.ErrNotExist) {
 			return true, nil // unreadable, but there
 		}
 		busy, err := d.busy(child)
 		if err != nil || busy {
 			return busy, err
 		}
-		if err := d.RemoveChild(id, child); err != nil {
-			return false, err
-		}
+		// It may have got its record between the two looks.
 	}
 	return false, nil
 }
@@ -104,11 +159,11 @@ func (d *Dir) busy(id string) (bool, error) {
 	return false, nil
 }
 
-// DropChildren removes the directory of a removed layer's children, which is
-// empty by then. It is only tidiness: an empty directory means no children.
+// DropChildren removes the file of the children of a layer that has none. It is
+// only tidiness: what is in it are not children.
 func (d *Dir) DropChildren(id string) {
 	if d.use() == nil {
 		defer d.unuse()
-		d.children.rmdir(id)
+		_ = d.children.unlink(id)
 	}
 }

@@ -22,18 +22,20 @@ const format = "layerfs 1\n"
 type Dir struct {
 	Locks // of the layers
 
-	dir     string // immutable
-	sync    bool   // immutable; false for durability none
-	ordered bool   // immutable; see Ordered
-	boot    string // immutable
-	pid     string // immutable
+	dir     string     // immutable
+	sync    bool       // immutable; false for durability none
+	ordered bool       // immutable; see Ordered
+	direct  bool       // immutable; see newNames
+	boot    string     // immutable
+	pid     string     // immutable
+	kept    []*os.File // immutable once the root is open; see KeepOpen
 	cache   sync.Map
 	temp    atomic.Uint64 // numbers temporary names of this process
 
 	// Immutable, and used between use and unuse only.
 	home, root, records, removed, children, persist, build folder
 
-	childrenNames, persistNames listing
+	childrenNames, persistNames, removedNames, buildNames listing
 }
 
 // durability says how a file is replaced.
@@ -64,6 +66,9 @@ func Open(home string, policy layerfs.Durability) (_ *Dir, err error) {
 		for _, f := range open {
 			err = errors.Join(err, f.close())
 		}
+		for _, f := range d.kept {
+			err = errors.Join(err, f.Close())
+		}
 		return err
 	}
 	defer func() {
@@ -84,8 +89,10 @@ func Open(home string, policy layerfs.Durability) (_ *Dir, err error) {
 		}
 		open = append(open, *sub.to)
 	}
-	d.ordered = inOrder(d.dir)
-	d.childrenNames.settle, d.persistNames.settle = settled, settled
+	d.ordered, d.direct = inOrder(d.dir), newNames(d.dir)
+	for _, l := range []*listing{&d.childrenNames, &d.persistNames, &d.removedNames, &d.buildNames} {
+		l.settle = settled
+	}
 	if err := d.checkFormat(); err != nil {
 		return nil, err
 	}
@@ -136,11 +143,25 @@ func (d *Dir) Builds() ([]string, error) { return d.ids(&d.build, ".") }
 // BuildPath returns the path Build returns.
 func (d *Dir) BuildPath(id string) string { return d.path("build", id) }
 
+// NoBuild reports whether it is certain that a layer has nothing in the build
+// directory. It is for those who would remove it.
+func (d *Dir) NoBuild(id string) bool {
+	if d.use() != nil {
+		return false
+	}
+	defer d.unuse()
+	return d.buildNames.lacks(&d.build, id)
+}
+
+// temporary returns a new name for what will be called name. It starts with a
+// dot, so it is no id; [Dir.ClearTemporary] removes what a crash left.
+func (d *Dir) temporary(name string) string {
+	return "." + name + "." + d.pid + "." + strconv.FormatUint(d.temp.Add(1), 10)
+}
+
 // write replaces a file atomically and makes it and its name durable as the
-// policy says. The temporary name starts with a dot, so it is no id;
-// [Dir.ClearTemporary] removes what a crash left.
+// policy says.
 func (d *Dir) write(to folder, name string, data []byte) (stamp, error) {
-	temp := "." + name + "." + d.pid + "." + strconv.FormatUint(d.temp.Add(1), 10)
 	how := volatile
 	switch {
 	case d.sync && d.ordered:
@@ -148,7 +169,7 @@ func (d *Dir) write(to folder, name string, data []byte) (stamp, error) {
 	case d.sync:
 		how = durable
 	}
-	return to.replace(name, temp, data, how)
+	return to.replace(name, d.temporary(name), data, how)
 }
 
 // ClearTemporary removes what writers that crashed left of their files.
@@ -157,7 +178,7 @@ func (d *Dir) ClearTemporary() error {
 		return err
 	}
 	defer d.unuse()
-	for _, sub := range []folder{d.records, d.removed, d.persist} {
+	for _, sub := range []folder{d.records, d.removed, d.persist, d.children} {
 		names, err := sub.names(".")
 		if err != nil {
 			return err
@@ -167,21 +188,23 @@ func (d *Dir) ClearTemporary() error {
 			if !ok {
 				continue
 			}
-			unlock, ok, err := d.TryLock(id)
-			if err != nil {
-				return err
-			}
-			if !ok { // its writer lives
-				continue
-			}
-			err = sub.unlink(name)
-			unlock()
+			err := d.unlessBusy(id, func() error { return sub.unlink(name) })
 			if err != nil {
 				return err
 			}
 		}
 	}
-	return nil
+	return d.clearUnfinished()
+}
+
+// unlessBusy calls a function with the lock of a layer, unless somebody has it.
+func (d *Dir) unlessBusy(id string, do func() error) error {
+	unlock, ok, err := d.TryLock(id)
+	if err != nil || !ok {
+		return err
+	}
+	defer unlock()
+	return do()
 }
 
 // temporaryOf returns the id in a temporary name, .ID.PID.N.

@@ -6,12 +6,16 @@
 //
 //	.layerfs/format              "layerfs 1"
 //	.layerfs/locks               empty; its byte ranges are the locks (see Locks)
-//	.layerfs/records/ID          a layer: JSON; its rename into place commits Create
+//	.layerfs/records/ID          a layer: JSON and a newline. A new one is being
+//	                             written as long as it has mode 0700 and no
+//	                             newline, or gets its name by a rename; that
+//	                             it is whole commits Create
 //	.layerfs/removed/ID          a layer whose storage is being deleted; the
 //	                             rename to here commits Remove; that of a layer
 //	                             whose storage is found by its id is just deleted
-//	.layerfs/children/ID/CHILD   empty; CHILD's record names ID as its parent,
-//	                             or soon will. Open rebuilds them from the records
+//	.layerfs/children/ID         the layers made on ID, one a line: their records
+//	                             name it as their parent, or soon will, or they
+//	                             are gone. Open adds what the records tell
 //	.layerfs/persist/ID          JSON; Gets that outlive their process
 //	.layerfs/build/ID            storage being made; whoever holds the layer's
 //	                             lock owns it, anybody else's is a crash's

@@ -34,6 +34,16 @@ func openFolder(path string) (folder, error) {
 // as long as the caller has the lock of a layer, or a hold.
 func (d *Dir) Home() int { return d.home.fd }
 
+// KeepOpen opens a directory that, like Home, stays open for as long as somebody
+// has the lock of a layer. It is for who opens a root, before others use d.
+func (d *Dir) KeepOpen(path string) (*os.File, error) {
+	f, err := os.Open(path)
+	if err == nil {
+		d.kept = append(d.kept, f)
+	}
+	return f, err
+}
+
 func (f folder) close() error {
 	if err := unix.Close(f.fd); err != nil {
 		return errPath("close", f.path, err)
@@ -49,31 +59,31 @@ func (f folder) err(op, name string, err error) error {
 }
 
 // open opens an entry, retrying EINTR.
-func (f folder) open(name string, flags int) (int, error) {
+func (f folder) open(name string, flags int) (int, error) { return f.openMode(name, flags, 0o600) }
+
+func (f folder) openMode(name string, flags int, mode uint32) (int, error) {
 	for {
-		fd, err := unix.Openat(f.fd, name, flags|unix.O_CLOEXEC, 0o600)
+		fd, err := unix.Openat(f.fd, name, flags|unix.O_CLOEXEC, mode)
 		if err != unix.EINTR {
 			return fd, f.err("openat", name, err)
 		}
 	}
 }
 
-// create makes an empty file, which may exist.
-func (f folder) create(name string) error {
-	err := unix.Mknodat(f.fd, name, unix.S_IFREG|0o600, 0)
-	if err == unix.EEXIST {
-		return nil
+// append adds to a file, which need not exist, and returns its size then.
+func (f folder) append(name, data string) (size int64, err error) {
+	fd, err := f.open(name, unix.O_WRONLY|unix.O_CREAT|unix.O_APPEND)
+	if err != nil {
+		return 0, err
 	}
-	return f.err("mknodat", name, err)
-}
-
-// mkdir makes a directory, which may exist.
-func (f folder) mkdir(name string) error {
-	err := unix.Mkdirat(f.fd, name, 0o700)
-	if err == unix.EEXIST {
-		return nil
+	if err = f.fill(fd, name, []byte(data)); err == nil {
+		size, err = unix.Seek(fd, 0, io.SeekCurrent)
+		err = f.err("lseek", name, err)
 	}
-	return f.err("mkdirat", name, err)
+	if cerr := unix.Close(fd); err == nil {
+		err = f.err("close", name, cerr)
+	}
+	return size, err
 }
 
 // rename moves an entry to another folder.
@@ -93,20 +103,26 @@ func (f folder) unlink(name string) error {
 	return f.err("unlinkat", name, err)
 }
 
-// rmdir removes a directory if it is there and empty.
-func (f folder) rmdir(name string) { _ = unix.Unlinkat(f.fd, name, unix.AT_REMOVEDIR) }
-
 // stamp tells one state of a file that is replaced and not rewritten from
 // another.
 type stamp struct {
 	inode   uint64
 	written unix.Timespec
 	size    int64
+	making  bool // see folder.add
 }
 
-func stampOf(st *unix.Stat_t) stamp { return stamp{st.Ino, st.Mtim, st.Size} }
+func stampOf(st *unix.Stat_t) stamp {
+	return stamp{st.Ino, st.Mtim, st.Size, st.Mode&unix.S_IFMT == unix.S_IFREG && st.Mode&0o777 == making}
+}
 
-func (s stamp) same(t stamp) bool { return s == t }
+// same reports whether the content is the same; the mark goes after it.
+func (s stamp) same(t stamp) bool {
+	return s.inode == t.inode && s.written == t.written && s.size == t.size
+}
+
+// unfinished reports whether the file was being added when it was looked at.
+func (s stamp) unfinished() bool { return s.making }
 
 func (f folder) stat(name string) (stamp, error) {
 	var st unix.Stat_t
@@ -239,6 +255,62 @@ func (f folder) replace(name, temp string, data []byte, how durability) (_ stamp
 		err = f.err("fsync", name, unix.Fsync(fd))
 	}
 	return stampOf(&st), err
+}
+
+// add makes a file that does not exist, in fewer calls than replace, and with
+// one sync where that takes two: under its name at once, but marked by its mode.
+// Until the mark is gone a file that is empty or cut off was not added, and
+// nobody was told that it was. The mark goes after the content, and where it is
+// synced after that.
+//
+// It is for file systems that make the name of a new file durable with the file
+// (see newNames).
+func (f folder) add(name string, data []byte, sync bool) (_ stamp, err error) {
+	fd, err := f.openMode(name, unix.O_WRONLY|unix.O_CREAT|unix.O_EXCL, making)
+	if err != nil {
+		return stamp{}, err
+	}
+	defer func() {
+		if cerr := unix.Close(fd); err == nil {
+			err = f.err("close", name, cerr)
+		}
+	}()
+	if err := f.fill(fd, name, data); err != nil {
+		_ = f.unlink(name) // what went wrong first is what is told
+		return stamp{}, err
+	}
+	if sync {
+		if err := unix.Fsync(fd); err != nil {
+			return stamp{}, f.err("fsync", name, err)
+		}
+	}
+	if err := unix.Fchmod(fd, 0o600); err != nil {
+		return stamp{}, f.err("fchmod", name, err)
+	}
+	var st unix.Stat_t
+	if err := unix.Fstat(fd, &st); err != nil {
+		return stamp{}, f.err("fstat", name, err)
+	}
+	return stampOf(&st), nil
+}
+
+// newNames reports whether the fsync of a new file on the file system of a
+// directory makes its name durable, and its mode is kept.
+//
+// ext4 and xfs commit in order (see inOrder; ext4 without a journal writes the
+// directory of a new file with it, ext4_sync_parent in fs/ext4/fsync.c), btrfs
+// logs the names of an inode with it (btrfs_log_inode_parent in
+// fs/btrfs/tree-log.c), and on tmpfs nothing is durable.
+func newNames(path string) bool {
+	var fs unix.Statfs_t
+	if err := unix.Statfs(path, &fs); err != nil {
+		return false
+	}
+	switch int64(fs.Type) { //nolint:unconvert // 32 bits wide on some architectures
+	case unix.XFS_SUPER_MAGIC, unix.EXT4_SUPER_MAGIC, unix.BTRFS_SUPER_MAGIC, unix.TMPFS_MAGIC:
+		return true
+	}
+	return false
 }
 
 func (f folder) fill(fd int, name string, data []byte) error {

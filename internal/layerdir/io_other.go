@@ -4,6 +4,7 @@ package layerdir
 
 import (
 	"errors"
+	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -21,21 +22,19 @@ func (f folder) close() error { return nil }
 
 func (f folder) at(name string) string { return filepath.Join(f.path, name) }
 
-// create makes an empty file, which may exist.
-func (f folder) create(name string) error {
-	file, err := os.OpenFile(f.at(name), os.O_WRONLY|os.O_CREATE, 0o600)
+// append adds to a file, which need not exist, and returns its size then.
+func (f folder) append(name, data string) (size int64, err error) {
+	file, err := os.OpenFile(f.at(name), os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o600)
 	if err != nil {
-		return err
+		return 0, err
 	}
-	return file.Close()
-}
-
-// mkdir makes a directory, which may exist.
-func (f folder) mkdir(name string) error {
-	if err := os.Mkdir(f.at(name), 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
-		return err
+	if _, err = file.WriteString(data); err == nil {
+		size, err = file.Seek(0, io.SeekEnd)
 	}
-	return nil
+	if cerr := file.Close(); err == nil {
+		err = cerr
+	}
+	return size, err
 }
 
 // rename moves an entry to another folder.
@@ -49,9 +48,6 @@ func (f folder) unlink(name string) error {
 	return nil
 }
 
-// rmdir removes a directory if it is there and empty.
-func (f folder) rmdir(name string) { _ = os.Remove(f.at(name)) }
-
 // stamp tells one state of a file that is replaced and not rewritten from
 // another.
 type stamp struct {
@@ -61,6 +57,8 @@ type stamp struct {
 func (s stamp) same(t stamp) bool {
 	return os.SameFile(s.info, t.info) && s.info.ModTime().Equal(t.info.ModTime()) && s.info.Size() == t.info.Size()
 }
+
+func (stamp) unfinished() bool { return false }
 
 func (f folder) stat(name string) (stamp, error) {
 	fi, err := os.Lstat(f.at(name))
@@ -124,6 +122,14 @@ func writeNew(path string, data []byte, sync bool) error {
 	}
 	return err
 }
+
+// add is for the file systems of newNames.
+func (f folder) add(name string, data []byte, sync bool) (stamp, error) {
+	return stamp{}, errors.ErrUnsupported
+}
+
+// newNames is known of file systems of Linux only.
+func newNames(string) bool { return false }
 
 // inOrder is known of file systems of Linux only.
 func inOrder(string) bool { return false }

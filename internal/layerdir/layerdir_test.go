@@ -2,6 +2,7 @@ package layerdir
 
 import (
 	"context"
+	"fmt"
 	"os"
 	"path/filepath"
 	"sync"
@@ -51,9 +52,9 @@ func TestRecord(t *testing.T) {
 	removed, err := b.Removed()
 	require.NoError(t, err)
 	require.Equal(t, []string{"x"}, removed)
-	children, err := b.Children("p")
+	has, err := b.HasChildren("p")
 	require.NoError(t, err)
-	require.Empty(t, children)
+	require.False(t, has)
 	require.NoError(t, b.Forget("x"))
 	require.NoError(t, b.Forget("x"), "two processes may finish one removal")
 }
@@ -105,6 +106,108 @@ func TestHasChildren(t *testing.T) {
 	require.True(t, has())
 	require.NoError(t, d.Save(&Record{ID: "c", Parent: "q"}))
 	require.False(t, has(), "another layer of that name does not count")
+}
+
+// TestChildrenFile: what a full disk or a power failure may leave, and a file
+// that grew with children that came and went.
+func TestChildrenFile(t *testing.T) {
+	d := mustOpen(t, t.TempDir())
+	path := d.path("children", "p")
+	require.NoError(t, os.WriteFile(path, []byte("\x00\x00\x00\nc1\n../x\ncut-o"), 0o600))
+	require.NoError(t, d.AddChild("p", "c2"))
+	require.NoError(t, d.AddChild("p", "c1"))
+	ids, err := d.Children("p")
+	require.NoError(t, err)
+	require.Equal(t, []string{"c1", "cut-o", "c2"}, ids)
+
+	require.NoError(t, d.Add(&Record{ID: "stays", Parent: "p"}))
+	require.NoError(t, d.AddChild("p", "stays"))
+	largest := int64(0)
+	for i := range 3 * compactChildren / 10 {
+		require.NoError(t, d.AddChild("p", fmt.Sprintf("c%08d", i)))
+		fi, err := os.Stat(path)
+		require.NoError(t, err)
+		largest = max(largest, fi.Size())
+	}
+	require.Less(t, largest, int64(2*compactChildren))
+	has, err := d.HasChildren("p")
+	require.NoError(t, err)
+	require.True(t, has)
+	require.NoError(t, d.Drop(&Record{ID: "stays"}, false))
+	has, err = d.HasChildren("p")
+	require.NoError(t, err)
+	require.False(t, has)
+	require.NoFileExists(t, path, "nothing is left to look at")
+}
+
+// TestChildrenMany: children that are all there are not looked at again and
+// again.
+func TestChildrenMany(t *testing.T) {
+	d := mustOpen(t, t.TempDir())
+	live := func(n int) string { return fmt.Sprintf("a-child-with-a-long-name-%030d", n) }
+	const many = compactChildren / 60
+	for i := range many {
+		require.NoError(t, d.Add(&Record{ID: live(i), Parent: "p"}))
+		require.NoError(t, d.AddChild("p", live(i)))
+	}
+	replaced, last := 0, os.FileInfo(nil)
+	for i := range 4000 {
+		require.NoError(t, d.AddChild("p", fmt.Sprint("gone-", i)))
+		fi, err := os.Stat(d.path("children", "p"))
+		require.NoError(t, err)
+		if last == nil || !os.SameFile(fi, last) {
+			replaced++
+		}
+		last = fi
+	}
+	require.LessOrEqual(t, replaced, 3)
+	ids, err := d.Children("p")
+	require.NoError(t, err)
+	require.Subset(t, ids, []string{live(0), live(many - 1)})
+}
+
+// TestAdd: a record that a crash kept from being written is none; one that lost
+// its content later is damage.
+func TestAdd(t *testing.T) {
+	home := t.TempDir()
+	d := mustOpen(t, home)
+	if !d.direct {
+		t.Skip("records are renamed into place here")
+	}
+	path := d.path("records", "x")
+	for _, left := range []string{"", `{"id":"x","par`} {
+		require.NoError(t, os.WriteFile(path, []byte(left), making))
+		require.NoError(t, os.Chmod(path, making))
+		_, err := d.Load("x")
+		require.Equal(t, layerfs.ErrNotExist, err)
+		require.NoError(t, d.Add(&Record{ID: "x"}))
+		rec, err := mustOpen(t, home).Load("x")
+		require.NoError(t, err)
+		require.Equal(t, "x", rec.ID)
+		fi, err := os.Stat(path)
+		require.NoError(t, err)
+		require.Equal(t, os.FileMode(0o600), fi.Mode())
+
+		require.NoError(t, os.WriteFile(path, []byte(left), 0o600))
+		_, err = d.Load("x")
+		require.ErrorContains(t, err, "empty or cut off")
+		require.NoError(t, d.ClearTemporary())
+		require.FileExists(t, path)
+
+		require.NoError(t, os.Chmod(path, making))
+		unlock, err := d.Lock(t.Context(), "x")
+		require.NoError(t, err)
+		require.NoError(t, d.ClearTemporary())
+		require.FileExists(t, path, "somebody is writing it")
+		unlock()
+		require.NoError(t, d.ClearTemporary())
+		require.NoFileExists(t, path)
+	}
+	// Killed after the content and before the mark was gone: it was added.
+	require.NoError(t, os.WriteFile(path, []byte("{\"id\":\"x\"}\n"), making))
+	require.NoError(t, d.ClearTemporary())
+	_, err := d.Load("x")
+	require.NoError(t, err)
 }
 
 func TestLock(t *testing.T) {

@@ -20,7 +20,7 @@ type listing struct {
 
 const (
 	// fewNames bounds what reading the names again costs after a change.
-	fewNames = 64
+	fewNames = 1024
 
 	// settled is more than the granularity of a file system's times: a
 	// directory changed less than that before its names were read may have

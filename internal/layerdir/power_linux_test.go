@@ -21,7 +21,7 @@ import (
 
 // TestPowerFailure cuts the power while records are saved and dropped: the
 // image of the file system is cloned in one moment, and what the clone has is
-// what a disk would have. Every record whose Save returned before must be
+// what a disk would have. Every record whose Save or Add returned before must be
 // there and whole, every one whose Drop returned gone, and none may be damaged
 // that nobody was told of.
 //
@@ -127,7 +127,11 @@ func (p *power) write(home string, stop chan struct{}) error {
 			return nil
 		default:
 		}
-		if err := d.Save(record(n)); err != nil {
+		save := d.Add
+		if n%2 == 0 {
+			save = d.Save
+		}
+		if err := save(record(n)); err != nil {
 			return err
 		}
 		p.saved.Store(n)

@@ -58,7 +58,7 @@ func (d *Dir) Load(id string) (*Record, error) {
 		}
 	}
 	rec, err := readRecord(d.records, id)
-	if errors.Is(err, fs.ErrNotExist) {
+	if errors.Is(err, fs.ErrNotExist) || at.unfinished() && errors.Is(err, errCutOff) {
 		return nil, layerfs.ErrNotExist
 	}
 	if err != nil {
@@ -67,6 +67,13 @@ func (d *Dir) Load(id string) (*Record, error) {
 	d.cache.Store(id, cached{rec, at})
 	return rec, nil
 }
+
+// making is the mode of a record until Add has written it.
+const making = 0o700
+
+// errCutOff is what is wrong with a record that was not wholly written: each is
+// made with a newline at its end.
+var errCutOff = errors.New("it is empty or cut off")
 
 // cached is a record and the file it was read from. A record is replaced by
 // rename, never rewritten, so another inode or time means another record.
@@ -82,6 +89,9 @@ func readRecord(from folder, id string) (*Record, error) {
 	}
 	var rec Record
 	if err := json.Unmarshal(b, &rec); err != nil {
+		if len(b) == 0 || b[len(b)-1] != '\n' {
+			err = errCutOff
+		}
 		return nil, fmt.Errorf("record of %s: %w", id, err)
 	}
 	if rec.ID != id {
@@ -95,15 +105,63 @@ func readRecord(from folder, id string) (*Record, error) {
 	return &rec, nil
 }
 
+// Add is Save of a layer that has no record, which is cheaper than to replace
+// one. If it fails there may be a record: see [Dir.Drop].
+func (d *Dir) Add(rec *Record) error {
+	return d.store(rec, func(b []byte) (stamp, error) {
+		if d.direct {
+			at, err := d.records.add(rec.ID, b, d.sync)
+			// What is there was never finished, or the caller would not call.
+			if !errors.Is(err, fs.ErrExist) {
+				return at, err
+			}
+		}
+		return d.write(d.records, rec.ID, b)
+	})
+}
+
+// clearUnfinished removes the records that a crash kept Add from writing.
+func (d *Dir) clearUnfinished() error {
+	ids, err := d.IDs()
+	if err != nil {
+		return err
+	}
+	for _, id := range ids {
+		at, err := d.records.stat(id)
+		if err != nil || !at.unfinished() {
+			continue
+		}
+		err = d.unlessBusy(id, func() error {
+			if _, err := d.Load(id); errors.Is(err, layerfs.ErrNotExist) {
+				return d.records.unlink(id)
+			}
+			return nil
+		})
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 // Save makes or replaces the record of a layer whose lock the caller holds;
 // rec must not be changed any more. It is atomic and, unless the policy is
 // none, on stable storage on return.
 func (d *Dir) Save(rec *Record) error {
+	return d.store(rec, func(b []byte) (stamp, error) { return d.write(d.records, rec.ID, b) })
+}
+
+// store encodes a record, writes it by a function, and remembers it.
+func (d *Dir) store(rec *Record, write func([]byte) (stamp, error)) error {
 	if err := d.use(); err != nil {
 		return err
 	}
 	defer d.unuse()
-	at, err := d.save(d.records, rec)
+	b, err := encode(rec)
+	if err != nil {
+		return err
+	}
+	at, err := write(b)
 	if err != nil {
 		return err
 	}
@@ -113,18 +171,19 @@ func (d *Dir) Save(rec *Record) error {
 	return nil
 }
 
-func (d *Dir) save(to folder, rec *Record) (stamp, error) {
+func encode(rec *Record) ([]byte, error) {
 	b, err := json.Marshal(rec)
 	if err != nil {
-		return stamp{}, fmt.Errorf("record of %s: %w", rec.ID, err)
+		return nil, fmt.Errorf("record of %s: %w", rec.ID, err)
 	}
-	return d.write(to, rec.ID, append(b, '\n'))
+	return append(b, '\n'), nil
 }
 
 // IDs lists the layers that have a record, in no order.
 func (d *Dir) IDs() ([]string, error) { return d.ids(&d.records, ".") }
 
 // Drop commits the removal of a layer whose lock the caller holds: it is gone.
+// Its parent finds out when somebody asks.
 // With remember set its record is kept elsewhere, and [Dir.Removed] lists it
 // until [Dir.Forget]; without, the storage must be found by the id alone.
 func (d *Dir) Drop(rec *Record, remember bool) error {
@@ -142,9 +201,6 @@ func (d *Dir) Drop(rec *Record, remember bool) error {
 	if err == nil && d.sync {
 		err = d.records.sync()
 	}
-	if err == nil && rec.Parent != "" {
-		err = d.children.unlink(rec.Parent + "/" + rec.ID)
-	}
 	return err
 }
 
@@ -154,7 +210,10 @@ func (d *Dir) Remember(rec *Record) error {
 		return err
 	}
 	defer d.unuse()
-	_, err := d.save(d.removed, rec)
+	b, err := encode(rec)
+	if err == nil {
+		_, err = d.write(d.removed, rec.ID, b)
+	}
 	return err
 }
 
@@ -168,6 +227,9 @@ func (d *Dir) LoadRemoved(id string) (*Record, error) {
 		return nil, err
 	}
 	defer d.unuse()
+	if d.removedNames.lacks(&d.removed, id) {
+		return nil, layerfs.ErrNotExist
+	}
 	rec, err := readRecord(d.removed, id)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, layerfs.ErrNotExist

@@ -126,15 +126,15 @@ func (s *scanner) orphans(map[string]*Record) error {
 	return nil
 }
 
-// markers makes the child markers that a power failure took; the records are
-// the truth. A marker too much is found by HasChildren.
+// markers tells parents of the children that a power failure made them forget;
+// the records are the truth. A child too much is found by HasChildren.
 func (s *scanner) markers(recs map[string]*Record) error {
-	marked := make(map[string]map[string]bool)
+	known := make(map[string]map[string]bool)
 	for id, rec := range recs {
 		if rec.Parent == "" {
 			continue
 		}
-		of := marked[rec.Parent]
+		of := known[rec.Parent]
 		if of == nil {
 			of = make(map[string]bool)
 			children, err := s.d.dir.Children(rec.Parent)
@@ -144,25 +144,34 @@ func (s *scanner) markers(recs map[string]*Record) error {
 			for _, c := range children {
 				of[c] = true
 			}
-			marked[rec.Parent] = of
+			known[rec.Parent] = of
 		}
 		if of[id] {
 			continue
 		}
-		err := s.each(layerfs.Problem{ID: id, Reason: "its parent " + rec.Parent + " does not know of it", Repair: "note it"}, func() (bool, error) {
-			if _, err := s.d.dir.Load(id); err != nil {
-				return false, nil
-			}
-			if !s.mend {
-				return true, nil
-			}
-			return true, s.d.dir.AddChild(rec.Parent, id)
-		})
-		if err != nil {
+		if err := s.tell(id, rec.Parent); err != nil {
 			return err
 		}
 	}
 	return nil
+}
+
+// tell notes a child with its parent, under the lock of the parent. It waits for
+// that: what must not be written must not be written until the next start.
+func (s *scanner) tell(id, parent string) error {
+	unlock, err := s.d.dir.Lock(s.ctx, parent)
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	if rec, err := s.d.dir.Load(id); err != nil || rec.Parent != parent {
+		return nil // removed since
+	}
+	s.found = append(s.found, layerfs.Problem{ID: id, Reason: "its parent " + parent + " does not know of it", Repair: "note it"})
+	if !s.mend {
+		return nil
+	}
+	return s.d.dir.AddChild(parent, id)
 }
 
 // mounts ends the Gets of processes that died and of earlier boots.

@@ -68,7 +68,6 @@ func create(ctx context.Context, d *Driver, id, parent string, opts *layerfs.Cre
 		if chain, err = d.freeze(id, parent); err != nil {
 			return err
 		}
-		u.Push(func() error { return d.dir.RemoveChild(parent, id) })
 	}
 	unlockParent()
 	rec := &Record{
@@ -90,7 +89,7 @@ func create(ctx context.Context, d *Driver, id, parent string, opts *layerfs.Cre
 			return err
 		}
 	}
-	if err := d.dir.Save(rec); err != nil {
+	if err := d.dir.Add(rec); err != nil {
 		// It may have got its name and failed to be synced.
 		u.Push(func() error {
 			err := d.dir.Drop(&Record{ID: id}, false)

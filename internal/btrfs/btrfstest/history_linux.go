@@ -2,6 +2,7 @@
 package btrfstest
 
 import (
+	"encoding/binary"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
@@ -67,11 +68,11 @@ func (h *History) fresh(dirs []string) string {
 }
 
 func (h *History) bytes(n int) []byte {
-	b := make([]byte, n)
-	for i := range b {
-		b[i] = byte(h.rng.Uint32())
+	b := make([]byte, n+7)
+	for i := 0; i < n; i += 8 {
+		binary.LittleEndian.PutUint64(b[i:], h.rng.Uint64())
 	}
-	return b
+	return b[:n]
 }
 
 // Step makes one change. Errors are part of the game (EEXIST, EINVAL for a
@@ -142,8 +143,8 @@ func (h *History) Step() {
 	case 26:
 		p := h.fresh(dirs)
 		what = "sparse " + p
-		if err = h.pwrite(p, int64(h.rng.IntN(1<<20)), h.bytes(100)); err == nil {
-			err = unix.Truncate(p, int64(1<<20+h.rng.IntN(1<<20)))
+		if err = h.pwrite(p, int64(h.rng.IntN(1<<18)), h.bytes(100)); err == nil {
+			err = unix.Truncate(p, int64(1<<18+h.rng.IntN(1<<18)))
 		}
 	case 27:
 		p := h.fresh(dirs)
