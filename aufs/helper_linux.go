@@ -22,7 +22,7 @@ import (
 // started as a helper it does not return. In any other it does nothing but
 // return the command that starts this program as one.
 func Main() []string {
-	if status, helper := keeper.Main(os.Args, unionhost.Work); helper {
+	if status, helper := keeper.Main(os.Args, unionhost.Program()); helper {
 		os.Exit(status)
 	}
 	return keeper.Self()
@@ -142,10 +142,9 @@ func (e *helperEngine) close() error { return e.client.Close() }
 // ReplaceHelper makes the helper that serves this root's mounts, if there is one,
 // go on with the program of [Options.Helper], as after an upgrade. Whoever uses
 // a mount meanwhile waits for some milliseconds. The error matches
-// [errors.ErrUnsupported] if the driver uses no helper. If the process that
-// would start the other program was killed, or the program is this one and its
-// file was removed or replaced, that is an error, too, and the mounts stay as they
-// are.
+// [errors.ErrUnsupported] if the driver uses no helper. A program of an earlier
+// version that cannot go on with what is mounted is refused; so is this one if its
+// file was removed or replaced. The mounts then stay as they are.
 func (d *Driver) ReplaceHelper(ctx context.Context) error {
 	e, ok := d.m.engine.(*helperEngine)
 	var err error = &layerfs.UnsupportedError{Feature: "replacing the helper", Reason: "the driver uses none"}

@@ -78,7 +78,7 @@ func (h *helped) open(t *testing.T) *aufs.Driver {
 	return d
 }
 
-// worker and keeper are the two processes.
+// worker is one of the two processes.
 func (h *helped) worker(t *testing.T) int {
 	t.Helper()
 	info, err := h.client.Info(t.Context())
@@ -91,15 +91,22 @@ func requireResend(t *testing.T) {
 	testenv.RequireKernel(t, "6.9", "requests that come again (FUSE_NOTIFY_RESEND)")
 }
 
-func parent(t *testing.T, pid int) int {
+// keeper is the other one.
+func (h *helped) keeper(t *testing.T) int {
 	t.Helper()
-	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	info, err := h.client.Info(t.Context())
 	require.NoError(t, err)
-	_, rest, ok := strings.Cut(string(b), ") ")
-	require.True(t, ok)
-	n, err := strconv.Atoi(strings.Fields(rest)[1])
+	return info.Keeper
+}
+
+// killBoth kills both so that the worker has no time to start another keeper.
+func (h *helped) killBoth(t *testing.T) {
+	t.Helper()
+	info, err := h.client.Info(t.Context())
 	require.NoError(t, err)
-	return n
+	require.NoError(t, unix.Kill(info.PID, unix.SIGSTOP))
+	require.NoError(t, unix.Kill(info.Keeper, unix.SIGKILL))
+	require.NoError(t, unix.Kill(info.PID, unix.SIGKILL))
 }
 
 // kill kills the worker, which another one follows and goes on.
@@ -328,23 +335,105 @@ func TestWorkerKilledCleanly(t *testing.T) {
 	require.NoError(t, h.d.Put(ctx, "top"))
 }
 
-// TestKeeperKilled: the worker goes on without its keeper, and takes calls. It
-// does not make room for another, which nobody would start.
+// TestKeeperKilled: a worker whose keeper was killed starts another, without a
+// call, and gives it all there is: then it can be killed like any other, and
+// files without a name go on, too.
 func TestKeeperKilled(t *testing.T) {
+	requireResend(t)
 	h := newHelped(t)
 	ctx := t.Context()
-	require.NoError(t, unix.Kill(parent(t, h.worker(t)), unix.SIGKILL))
-	require.NoError(t, os.WriteFile(h.path+"/f", nil, 0o644))
-	require.NoError(t, h.d.Create(ctx, "other", "base", nil))
-	path, err := h.d.Get(ctx, "other", nil)
+	up, err := os.OpenFile(h.path+"/dir/001", os.O_RDWR, 0)
 	require.NoError(t, err)
-	require.NoError(t, os.WriteFile(path+"/f", nil, 0o644))
+	defer up.Close()
+	gone, err := os.Create(h.path + "/gone")
+	require.NoError(t, err)
+	defer gone.Close()
+	require.NoError(t, os.Remove(h.path+"/gone"))
+	for round := range 4 {
+		before, err := h.client.Info(ctx)
+		require.NoError(t, err)
+		require.NoError(t, unix.Kill(before.Keeper, unix.SIGKILL))
+		// What begins without a keeper.
+		require.NoError(t, h.d.Create(ctx, fmt.Sprint("other", round), "base", nil))
+		path, err := h.d.Get(ctx, fmt.Sprint("other", round), nil)
+		require.NoError(t, err)
+		tmp, err := unix.Open(h.path, unix.O_TMPFILE|unix.O_RDWR|unix.O_CLOEXEC, 0o600)
+		require.NoError(t, err)
+		nameless := os.NewFile(uintptr(tmp), "nameless")
+		_, err = nameless.WriteString("no name")
+		require.NoError(t, err)
+		if round%2 == 0 {
+			require.NoError(t, h.d.ReplaceHelper(ctx)) // when the keeper has all
+		} else {
+			require.Eventually(t, func() bool { return h.keeper(t) != 0 && h.keeper(t) != before.Keeper }, 10*time.Second, time.Millisecond)
+			time.Sleep(100 * time.Millisecond) // until it has all
+			h.kill(t)
+		}
+		after, err := h.client.Info(ctx)
+		require.NoError(t, err)
+		require.NotEqual(t, before.PID, after.PID)
+		require.NotEqual(t, before.Keeper, after.Keeper)
+		require.NoError(t, os.WriteFile(path+"/f", nil, 0o644))
+		for _, f := range []*os.File{up, gone, nameless} {
+			_, err := f.WriteString("on")
+			require.NoError(t, err, "%s in round %d", f.Name(), round)
+			require.NoError(t, f.Sync())
+		}
+		b := make([]byte, 9)
+		_, err = nameless.ReadAt(b, 0)
+		require.NoError(t, err)
+		require.Equal(t, "no nameon", string(b))
+		require.NoError(t, nameless.Close())
+	}
+	for round := range 4 {
+		require.NoError(t, h.d.Put(ctx, fmt.Sprint("other", round)))
+	}
+	for _, f := range []*os.File{up, gone} {
+		require.NoError(t, f.Close())
+	}
+	require.NoError(t, h.d.Put(ctx, "top"))
+}
+
+// TestKeeperKilledByTwo kills keepers while two drivers open and use the root:
+// there is one helper, and no call fails.
+func TestKeeperKilledByTwo(t *testing.T) {
+	h := newHelped(t)
+	ctx := t.Context()
+	var stop atomic.Bool
+	var users sync.WaitGroup
+	for n := range 2 {
+		users.Go(func() {
+			id := fmt.Sprint("of", n)
+			for round := 0; !stop.Load() && !t.Failed(); round++ {
+				d, err := aufs.New(h.root, &aufs.Options{Engine: aufs.FUSE, Helper: h.command})
+				if !assert.NoError(t, err) {
+					return
+				}
+				assert.NoError(t, d.Create(ctx, id, "base", nil))
+				path, err := d.Get(ctx, id, nil)
+				assert.NoError(t, err)
+				assert.NoError(t, os.WriteFile(path+"/f", nil, 0o644))
+				assert.NoError(t, d.Put(ctx, id))
+				assert.NoError(t, d.Remove(ctx, id))
+				assert.NoError(t, d.Close())
+			}
+		})
+	}
 	pid := h.worker(t)
-	require.ErrorContains(t, h.d.ReplaceHelper(ctx), "has lost the process")
-	time.Sleep(200 * time.Millisecond) // it would end after its answer
+	last := 0
+	for range 15 {
+		var keeper int
+		require.Eventually(t, func() bool {
+			keeper = h.keeper(t)
+			return keeper != 0 && keeper != last
+		}, 10*time.Second, time.Millisecond)
+		last = keeper
+		time.Sleep(time.Duration(rand.IntN(30)) * time.Millisecond)
+		require.NoError(t, unix.Kill(keeper, unix.SIGKILL))
+	}
+	stop.Store(true)
+	users.Wait()
 	require.Equal(t, pid, h.worker(t))
-	require.FileExists(t, path+"/f")
-	require.NoError(t, h.d.Put(ctx, "other"))
 	require.NoError(t, h.d.Put(ctx, "top"))
 }
 
@@ -354,9 +443,7 @@ func TestHelperKilled(t *testing.T) {
 	h := newHelped(t)
 	ctx := t.Context()
 	require.NoError(t, os.WriteFile(h.path+"/f", []byte("x"), 0o644))
-	pid := h.worker(t)
-	require.NoError(t, unix.Kill(parent(t, pid), unix.SIGKILL))
-	require.NoError(t, unix.Kill(pid, unix.SIGKILL))
+	h.killBoth(t)
 	require.Eventually(t, func() bool {
 		_, err := os.Stat(h.path + "/f")
 		return assert.ObjectsAreEqual(unix.ENOTCONN, unwrapped(err))
@@ -432,6 +519,26 @@ func rounds(t *testing.T) int {
 	return n
 }
 
+// killApart kills first the keeper and after some time the worker, and reports
+// whether the mount lives on.
+func (h *helped) killApart(t *testing.T, between time.Duration) bool {
+	t.Helper()
+	info, err := h.client.Info(t.Context())
+	require.NoError(t, err)
+	require.NoError(t, unix.Kill(info.Keeper, unix.SIGKILL))
+	time.Sleep(between)
+	require.NoError(t, unix.Kill(info.PID, unix.SIGKILL))
+	var st unix.Statfs_t // which the kernel never knows by itself
+	err = unix.Statfs(h.path, &st)
+	if err == nil {
+		return true
+	}
+	if !errors.Is(err, unix.ECONNABORTED) {
+		require.ErrorIs(t, err, unix.ENOTCONN)
+	}
+	return false
+}
+
 // TestKillAll kills keeper and worker at random moments under load. Operations
 // then fail, and none hangs; after the next New and Get what was synced before
 // is there, what was removed is not, and every name that is listed can be
@@ -450,7 +557,7 @@ func TestKillAll(t *testing.T) {
 		require.NoError(t, os.Mkdir(fmt.Sprintf("%s/w%d", h.path, w), 0o755))
 	}
 	r := rand.New(rand.NewPCG(9, 9))
-	steps := 0
+	steps, survived := 0, 0
 	for range rounds(t) {
 		var wg sync.WaitGroup
 		var count atomic.Int64
@@ -493,9 +600,13 @@ func TestKillAll(t *testing.T) {
 			})
 		}
 		time.Sleep(time.Duration(20+r.IntN(40)) * time.Millisecond)
-		pid := h.worker(t)
-		require.NoError(t, unix.Kill(parent(t, pid), unix.SIGKILL))
-		require.NoError(t, unix.Kill(pid, unix.SIGKILL))
+		if r.IntN(2) == 0 {
+			h.killBoth(t)
+		} else if h.killApart(t, time.Duration(r.IntN(30))*time.Millisecond) {
+			// All goes on, as long as nothing else happens.
+			survived++
+			h.killBoth(t)
+		}
 		wg.Wait()
 		steps += int(count.Load())
 
@@ -521,7 +632,7 @@ func TestKillAll(t *testing.T) {
 		require.NoError(t, d.Close())
 	}
 	require.NoError(t, h.d.Put(ctx, "top"))
-	t.Logf("%d kills of both, %d steps", rounds(t), steps)
+	t.Logf("%d kills of both, %d survived at first, %d steps", rounds(t), survived, steps)
 }
 
 // TestKillRounds kills the worker at random moments under load. No operation

@@ -229,16 +229,49 @@ func (s *Server) keep(i *inode, fd int) {
 	if s.state == nil {
 		return
 	}
-	if err := s.cfg.Keep(i.id, fd); err != nil {
+	s.mu.Lock()
+	if s.keeping == nil {
+		s.keeping = map[*inode]int{}
+	}
+	s.keeping[i]++ // so that KeepAgain knows
+	s.mu.Unlock()
+	err := s.cfg.Keep(i.id, fd)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.keeping[i]--; s.keeping[i] == 0 {
+		delete(s.keeping, i)
+	}
+	if err != nil {
 		s.log.Warn("keep open file", "err", err)
 		return
 	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
 	if s.ids[i.id] == i {
 		i.kept = true
 	} else {
 		s.cfg.Unkeep(i.id)
+	}
+}
+
+// KeepAgain gives all files to Config.Keep that it was given, since it has lost
+// them.
+func (s *Server) KeepAgain() {
+	s.mu.Lock()
+	var open []*inode
+	for _, i := range s.ids {
+		if i.kept || s.keeping[i] > 0 {
+			open = append(open, i)
+		}
+	}
+	s.mu.Unlock()
+	for _, i := range open {
+		fd, release, err := s.content(i)
+		if err != nil {
+			// It may have been closed, or be about to get its content.
+			s.log.Info("keep again", "node", i.id, "err", err)
+			continue
+		}
+		s.keep(i, fd)
+		release()
 	}
 }
 

@@ -110,6 +110,12 @@ type Server struct {
 	closing bool
 
 	requests, invalidated, lostCount atomic.Int64
+
+	keeping map[*inode]int // calls of Config.Keep; guarded by mu
+
+	// What Alive saw last.
+	waited bool
+	taken  int64
 }
 
 const (

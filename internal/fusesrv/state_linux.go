@@ -2,9 +2,11 @@ package fusesrv
 
 import (
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"hash/crc32"
 	"os"
+	"strings"
 	"sync"
 
 	"golang.org/x/sys/unix"
@@ -16,8 +18,9 @@ import (
 // a few stores and no system call, and a process may be killed between any two
 // of them.
 //
-// The file is a row of records. A record counts if its checksum is right, and
-// of two with the same key the later one does:
+// The file begins with seven letters and the version of what follows: a row of
+// records. A record counts if its checksum is right, and of two with the same key
+// the later one does:
 //
 //	0   length of the record, a multiple of 8; 0 ends the row
 //	4   checksum of what follows, without the counter
@@ -30,6 +33,7 @@ type State struct {
 	mu       sync.Mutex
 	f        *os.File
 	m        []byte
+	start    int              // of the records
 	end      int              // of the records
 	live     int              // bytes of those that count
 	at       map[stateKey]int // where they are
@@ -56,11 +60,21 @@ const (
 const (
 	recordHead = 32
 	stateMin   = 16 << 10
+
+	stateMagic = "layerfs"
+	stateHead  = len(stateMagic) + 1
+	// stateVersion is that of the layout, and of what records have. It is
+	// raised when an earlier program would misread them.
+	stateVersion = 1
 )
+
+// ErrLaterState says that a later version of this package made a state, which
+// this one must leave alone.
+var ErrLaterState = errors.New("the state of the mount is of a later version than this program knows")
 
 // NewState makes an empty state.
 func NewState() (*State, error) {
-	s := &State{at: map[stateKey]int{}}
+	s := &State{at: map[stateKey]int{}, start: stateHead, end: stateHead}
 	f, m, err := stateFile(stateMin)
 	s.f, s.m = f, m
 	return s, err
@@ -82,10 +96,12 @@ func stateFile(size int) (*os.File, []byte, error) {
 		f.Close()
 		return nil, nil, os.NewSyscallError("mmap memfd", err)
 	}
+	m[copy(m, stateMagic)] = stateVersion
 	return f, m, nil
 }
 
-// OpenState reads the state another process left in f, which it takes over.
+// OpenState reads the state another process left in f, which it takes over. The
+// error may be ErrLaterState.
 func OpenState(f *os.File) (_ *State, err error) {
 	defer func() {
 		if err != nil {
@@ -96,13 +112,21 @@ func OpenState(f *os.File) (_ *State, err error) {
 	if err != nil {
 		return nil, err
 	}
-	if fi.Size() < recordHead || fi.Size() > 1<<32 {
+	if fi.Size() < int64(stateHead+recordHead) || fi.Size() > 1<<32 {
 		return nil, fmt.Errorf("a state of %d bytes", fi.Size())
 	}
 	s := &State{f: f, at: map[stateKey]int{}}
 	if s.m, err = unix.Mmap(int(f.Fd()), 0, int(fi.Size()), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED); err != nil {
 		return nil, os.NewSyscallError("mmap memfd", err)
 	}
+	if strings.HasPrefix(string(s.m[:stateHead]), stateMagic) {
+		if v := s.m[stateHead-1]; v > stateVersion {
+			_ = unix.Munmap(s.m)
+			return nil, fmt.Errorf("%w: %d, and this is %d", ErrLaterState, v, stateVersion)
+		}
+		s.start = stateHead
+	} // else there was no head yet
+	s.end = s.start
 	s.scan()
 	return s, nil
 }
@@ -290,7 +314,7 @@ func (s *State) del(kind byte, num uint64) {
 // grow puts the records that count into another file with room for more.
 func (s *State) grow(room int) error {
 	size := stateMin
-	for size < 2*(s.live+room) {
+	for size < 2*(stateHead+s.live+room) {
 		size *= 2
 	}
 	if size > 1<<32 {
@@ -300,7 +324,7 @@ func (s *State) grow(room int) error {
 	if err != nil {
 		return err
 	}
-	end := 0
+	end := stateHead
 	at := make(map[stateKey]int, len(s.at))
 	for k, off := range s.at {
 		n := int(binary.NativeEndian.Uint32(s.m[off:]))
@@ -317,15 +341,15 @@ func (s *State) grow(room int) error {
 	}
 	_ = unix.Munmap(s.m)
 	s.f.Close()
-	s.f, s.m, s.at, s.end, s.live = f, m, at, end, end
+	s.f, s.m, s.at, s.start, s.end, s.live = f, m, at, stateHead, end, end-stateHead
 	return nil
 }
 
 // fail makes the state say that it is none.
 func (s *State) fail(err error) {
 	s.err = err
-	s.at, s.end, s.live = map[stateKey]int{}, 0, 0
-	clear(s.m[:recordHead])
+	s.at, s.end, s.live = map[stateKey]int{}, s.start, 0
+	clear(s.m[s.start : s.start+recordHead])
 	if s.failed != nil {
 		s.failed(err)
 	}

@@ -8,7 +8,7 @@
 // could wait for its own worker. It holds
 //
 //	DIR/lock     a lock (flock) which says that there is a keeper, or a worker
-//	             that has lost its keeper and still works
+//	             that is about to start one
 //	DIR/socket   the socket on which the worker takes calls (seqpacket). Calls
 //	             wait there while there is no worker.
 //	DIR/log      what the two write to standard error; log.old is what it was
@@ -21,11 +21,16 @@
 //
 // A worker that ends with status 0 when nothing is stored has nothing more to
 // do; the keeper ends with it. Any other end makes the keeper start another: the
-// program of the keeper, even if its file was replaced meanwhile, or after
-// [Worker.Next] the one that was named there, for as long as that does not fail.
-// A worker that does not answer for [silence] is killed, and replaced. When
-// workers die of their own fault again and again, the keeper aborts all FUSE
-// connections: their users get an error instead of waiting.
+// same program as before, even if its file was replaced meanwhile, or after
+// [Worker.Next] the one that was named there. After one that fails before it is
+// ready comes the last that was; after one that fails later, the program of the
+// keeper. A worker that does not show for [silence] that it does its work
+// ([Duties]) is killed, and replaced. When workers die of their own fault again
+// and again, the keeper aborts all FUSE connections: their users get an error
+// instead of waiting.
 //
-// If the keeper is killed, the worker goes on without one.
+// If the keeper is killed, or says nothing for [silence], the worker starts
+// another, which takes over its lock and socket, and stores all again. Until that
+// is done, which takes some milliseconds, what is not stored yet ends with the
+// worker.
 package keeper

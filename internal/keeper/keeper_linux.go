@@ -23,9 +23,11 @@ const Arg = "layerfs-helper"
 
 // Roles of a helper, the argument behind Arg; then comes the directory.
 const (
-	roleStart = "start"
-	roleKeep  = "keep"
-	roleWork  = "work"
+	roleStart   = "start"
+	roleKeep    = "keep"
+	roleAdopt   = "adopt" // keep, of a worker that runs already
+	roleWork    = "work"
+	roleVersion = "version" // tell Program.Version
 )
 
 const (
@@ -80,10 +82,18 @@ const (
 	opReady = "ready" // worker: it goes on with what there was
 )
 
+// A Program is what a helper does.
+type Program struct {
+	Work func(*Worker) error
+	// Version is that of what a worker stores: one of a lower version cannot
+	// go on with it. See [Version].
+	Version int
+}
+
 // Main is what a helper program does: it must be called first thing in main.
 // It returns false if the arguments are not those of a helper. Else the program
 // has played its part, with the given exit status.
-func Main(args []string, work func(*Worker) error) (status int, helper bool) {
+func Main(args []string, p Program) (status int, helper bool) {
 	if len(args) != 4 || args[1] != Arg {
 		return 0, false
 	}
@@ -98,8 +108,12 @@ func Main(args []string, work func(*Worker) error) (status int, helper bool) {
 		err = start(dir)
 	case roleKeep:
 		err = keep(dir)
+	case roleAdopt:
+		err = adopt(dir)
 	case roleWork:
-		err = runWorker(dir, work)
+		err = runWorker(dir, p.Work)
+	case roleVersion:
+		_, err = fmt.Println(p.Version)
 	default:
 		err = fmt.Errorf("role %q", args[2])
 	}
@@ -135,7 +149,7 @@ func start(dir string) error {
 	}
 	defer logFile.Close()
 	cmd := &exec.Cmd{
-		Path: self, Args: []string{os.Args[0], Arg, roleKeep, dir}, Dir: "/",
+		Path: self, Args: []string{os.Args[0], Arg, roleKeep, dir}, Dir: "/", Env: environment(os.Environ()),
 		Stdout: w, Stderr: logFile, SysProcAttr: &syscall.SysProcAttr{Setsid: true},
 	}
 	err = cmd.Start()
@@ -148,6 +162,21 @@ func start(dir string) error {
 		err = fmt.Errorf("the keeper did not start: %s", told)
 	}
 	return err
+}
+
+// environment is what of an environment keeper and worker get: what Go's runtime
+// takes from there, and what a command that starts others may need. The rest is
+// the program's own, and may be secret.
+func environment(all []string) (env []string) {
+	for _, e := range all {
+		name, _, _ := strings.Cut(e, "=")
+		switch name {
+		case helperEnv, "PATH", "TMPDIR", "TZ", "XDG_RUNTIME_DIR", "DBUS_SESSION_BUS_ADDRESS",
+			"GODEBUG", "GOGC", "GOMEMLIMIT", "GOMAXPROCS", "GOTRACEBACK", "GORACE", "GOCOVERDIR":
+			env = append(env, e)
+		}
+	}
+	return env
 }
 
 // strangers calls f with each descriptor from one number up that this process
@@ -236,16 +265,77 @@ func keep(dir string) error {
 		fmt.Print(ready)
 		os.Stdout.Close() // whoever started us waits for the end of it
 	}
-	return k.run(first)
+	return k.run(nil, first)
 }
 
+// Descriptors that keeper and worker start with.
+const (
+	workerControl = 3 + iota
+	workerSocket
+	workerLock
+	workerProcess // a keeper that adopts: of the worker's process
+)
+
+// goodPath is keeper.good in a worker that starts: behind its other descriptors.
+const goodPath = "/proc/self/fd/6"
+
+// adopt is a keeper in the place of one that was killed. The worker, which runs
+// on, has started it and gives it all there is; the lock and the socket are the
+// same as ever, so nobody else notices.
+func adopt(dir string) error {
+	if err := inherited(workerProcess, workerControl, workerSocket); err != nil {
+		return err
+	}
+	conn, err := NewConn(os.NewFile(workerControl, "worker"))
+	if err != nil {
+		return err
+	}
+	k := &keeper{
+		dir: dir, lock: os.NewFile(workerLock, lockName), socket: os.NewFile(workerSocket, socketName),
+		start: own(dir), items: map[string]item{}, pulse: pulse, silence: silence,
+	}
+	defer k.close()
+	w := &worker{
+		conn: conn, prog: k.start, done: make(chan error, 1), given: true,
+		kill: func() error { return unix.PidfdSendSignal(workerProcess, unix.SIGKILL, nil, 0) },
+	}
+	go func() { w.done <- ended(workerProcess) }()
+	return k.run(w, nil)
+}
+
+// ended waits for the end of a process that is no child.
+func ended(pidfd int) error {
+	for {
+		_, err := unix.Poll([]unix.PollFd{{Fd: int32(pidfd), Events: unix.POLLIN}}, -1)
+		switch err {
+		case nil:
+			return errEnded
+		case unix.EINTR, unix.EAGAIN, unix.ENOMEM:
+		default:
+			return os.NewSyscallError("poll pidfd", err)
+		}
+	}
+}
+
+// A program is what a worker runs.
+type program struct {
+	path string
+	argv []string // with the arguments of a worker
+}
+
+// own is the program of this process.
+func own(dir string) program { return program{self, []string{self, Arg, roleWork, dir}} }
+
 type keeper struct {
-	dir            string
-	lock           *os.File
-	socket         *os.File
-	argv           []string // of the next worker
-	next           bool     // the worker has said what comes after it
-	ready          bool     // the worker has come as far as to take calls
+	dir    string
+	lock   *os.File
+	socket *os.File
+	start  program // of the next worker
+	// good is the program of the last worker that was ready, if it is another
+	// than this.
+	good           *os.File
+	next           bool // the worker has said what comes after it
+	ready          bool // the worker has come as far as to take calls
 	pause          time.Duration
 	items          map[string]item
 	died           []time.Time // workers of their own fault
@@ -260,7 +350,7 @@ func newKeeper(dir string) (*keeper, error) {
 		return nil, err
 	}
 	k := &keeper{
-		dir: dir, lock: lock, argv: ownArgv(dir), items: map[string]item{}, pulse: pulse, silence: silence,
+		dir: dir, lock: lock, start: own(dir), items: map[string]item{}, pulse: pulse, silence: silence,
 	}
 	for end := time.Now().Add(patience); ; time.Sleep(10 * time.Millisecond) {
 		locked := unix.Flock(int(lock.Fd()), unix.LOCK_EX|unix.LOCK_NB)
@@ -287,11 +377,12 @@ func newKeeper(dir string) (*keeper, error) {
 	return k, nil
 }
 
-func ownArgv(dir string) []string { return []string{self, Arg, roleWork, dir} }
-
 func (k *keeper) close() {
 	k.socket.Close()
 	k.lock.Close()
+	if k.good != nil {
+		k.good.Close()
+	}
 	for _, it := range k.items {
 		CloseAll(it.fds)
 	}
@@ -348,26 +439,29 @@ func connect(path string) (*Conn, error) {
 	return NewConn(os.NewFile(uintptr(fd), "call"))
 }
 
-// run runs workers until one has nothing more to do. first is called when the
-// first one has been started.
-func (k *keeper) run(first func()) error {
+// run runs workers until one has nothing more to do, beginning with w, which may
+// be nil. first is called when the first one has been started.
+func (k *keeper) run(w *worker, first func()) error {
 	for {
-		k.ready = false
-		w, err := k.startWorker()
+		var err error
+		k.next = false
+		if k.ready = w != nil; !k.ready {
+			w, err = k.startWorker()
+		}
 		if first != nil {
 			first()
 			first = nil
 		}
 		if err == nil {
-			k.next = false
 			err = k.attend(w)
-			if err == nil && len(k.items) == 0 {
+			if (err == nil || err == errEnded) && len(k.items) == 0 { //nolint:errorlint // alone, and not with another
 				return nil
 			}
 			if err == nil {
 				err = errNotDone
 			}
 		}
+		w = nil
 		fmt.Fprintln(os.Stderr, time.Now().Format(time.RFC3339), "worker:", err)
 		if k.hopeless(err) {
 			return fmt.Errorf("the worker dies again and again: %w", errors.Join(err, k.abort()))
@@ -388,6 +482,9 @@ func (k *keeper) hopeless(err error) bool {
 	if scarce(err) || errors.Is(err, unix.EAGAIN) { // of fork(2)
 		return false
 	}
+	if errors.Is(err, errEnded) && !errors.Is(err, errSilent) {
+		return false // for a reason that nobody knows
+	}
 	var exit *exec.ExitError
 	if errors.As(err, &exit) && !errors.Is(err, errSilent) {
 		ws, ok := exit.Sys().(syscall.WaitStatus)
@@ -395,8 +492,13 @@ func (k *keeper) hopeless(err error) bool {
 			return false
 		}
 	}
-	if len(k.argv) > 0 && k.argv[0] != self {
-		k.argv = ownArgv(k.dir) // not with the new program, then with the old
+	// Not with the new program, then with the old: one that was never ready
+	// may not know what another has stored, and one that was may have a fault
+	// that the keeper's own has not.
+	ready, start := k.ready, k.start.path
+	k.start = own(k.dir)
+	if !ready && k.good != nil && start != goodPath {
+		k.start.path = goodPath
 	}
 	now := time.Now()
 	k.died = append(k.died, now)
@@ -428,22 +530,19 @@ func (k *keeper) abort() error {
 }
 
 var (
+	errEnded   = errors.New("it ended") // no child, which would tell how
 	errSilent  = errors.New("it gives no sign of life")
 	errNotDone = errors.New("it ended, but there was something to do") // maybe no worker at all
 )
 
 type worker struct {
-	cmd  *exec.Cmd
-	conn *Conn
-	done chan error
+	conn  *Conn
+	prog  program
+	child *os.Process // nil: it is none, and runs this program
+	kill  func() error
+	done  chan error
+	given bool // it has what is kept, since that is from it
 }
-
-// Descriptors a worker starts with.
-const (
-	workerControl = 3 + iota
-	workerSocket
-	workerLock
-)
 
 func (k *keeper) startWorker() (*worker, error) {
 	mine, theirs, err := pair()
@@ -455,18 +554,21 @@ func (k *keeper) startWorker() (*worker, error) {
 		theirs.Close()
 		return nil, err
 	}
-	w := &worker{conn: conn, done: make(chan error, 1)}
-	w.cmd = &exec.Cmd{
-		Path: k.argv[0], Args: k.argv, Dir: "/", Stderr: os.Stderr,
+	cmd := &exec.Cmd{
+		Path: k.start.path, Args: k.start.argv, Dir: "/", Stderr: os.Stderr,
 		ExtraFiles: []*os.File{theirs, k.socket, k.lock},
 	}
-	err = w.cmd.Start()
+	if k.start.path == goodPath {
+		cmd.ExtraFiles = append(cmd.ExtraFiles, k.good) // the worker closes it
+	}
+	err = cmd.Start()
 	theirs.Close() // so that a send fails when the worker has died
 	if err != nil {
 		conn.Close()
 		return nil, err
 	}
-	go func() { w.done <- w.cmd.Wait() }()
+	w := &worker{conn: conn, prog: k.start, child: cmd.Process, kill: cmd.Process.Kill, done: make(chan error, 1)}
+	go func() { w.done <- cmd.Wait() }()
 	return w, nil
 }
 
@@ -486,7 +588,11 @@ func (k *keeper) hand(w *worker) bool {
 func (k *keeper) attend(w *worker) error {
 	handed := make(chan bool, 1)
 	reads := false // it has read what there is
-	go func() { handed <- k.hand(w) }()
+	if w.given {
+		handed <- true
+	} else {
+		go func() { handed <- k.hand(w) }()
+	}
 	defer func() {
 		w.conn.Close()
 		if handed != nil {
@@ -526,7 +632,11 @@ func (k *keeper) attend(w *worker) error {
 			handed = nil
 			heard = time.Now()
 		case g := <-say:
-			heard = time.Now()
+			switch g.m.Op {
+			case opPong, opReady, opNext:
+				// Not what it stores: a part of it may work, and not the whole.
+				heard = time.Now()
+			}
 			k.handle(w, g.m, g.fds)
 		case err := <-w.done:
 			// It has left nobody who has the other end open, unless it runs
@@ -560,7 +670,7 @@ func (k *keeper) attend(w *worker) error {
 				}
 			case killed.IsZero():
 				killed = time.Now()
-				_ = w.cmd.Process.Kill()
+				_ = w.kill()
 			case time.Since(killed) > k.pulse:
 				// It waits in the kernel, maybe for a mount that waits for it.
 				if err := k.abort(); err != nil {
@@ -578,6 +688,33 @@ func (w *worker) tell(m message) {
 	_ = w.conn.Send(m)
 }
 
+// proven notes that the program of a worker can do what it should. The next one
+// is the very same, whatever happens to its file.
+func (k *keeper) proven(w *worker) error {
+	if w.child == nil || w.prog.path == goodPath {
+		return nil
+	}
+	var good *os.File
+	if w.prog.path != self {
+		fd, err := unix.Open("/proc/"+strconv.Itoa(w.child.Pid)+"/exe", unix.O_PATH|unix.O_CLOEXEC, 0)
+		if err != nil {
+			return &os.PathError{Op: "open", Path: w.prog.path, Err: err}
+		}
+		good = os.NewFile(uintptr(fd), w.prog.path)
+		if w.child.Signal(syscall.Signal(0)) != nil {
+			return good.Close() // it has ended, and this may be somebody else
+		}
+	}
+	if k.good != nil {
+		k.good.Close()
+	}
+	k.good, k.start = good, own(k.dir) // without what has started it
+	if good != nil {
+		k.start.path = goodPath
+	}
+	return nil
+}
+
 func (k *keeper) handle(w *worker, m message, fds []int) {
 	switch m.Op {
 	case opStore:
@@ -593,10 +730,13 @@ func (k *keeper) handle(w *worker, m message, fds []int) {
 		}
 	case opReady:
 		k.ready = true
+		if err := k.proven(w); err != nil {
+			fmt.Fprintln(os.Stderr, time.Now().Format(time.RFC3339), "program of the worker:", err)
+		}
 	case opNext:
 		k.next, k.ready = true, true
 		if len(m.Argv) > 0 {
-			k.argv = append(m.Argv[:len(m.Argv):len(m.Argv)], Arg, roleWork, k.dir)
+			k.start = program{m.Argv[0], append(m.Argv[:len(m.Argv):len(m.Argv)], Arg, roleWork, k.dir)}
 		}
 	}
 	CloseAll(fds)

@@ -5,11 +5,14 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"os"
 	"os/exec"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -23,34 +26,59 @@ import (
 // The worker of the tests does what it is told. Its state is a file that
 // everybody appends to.
 type order struct {
-	Op    string // store, drop, next, list, exit, hang
-	Name  string
-	Text  string
-	Argv  []string
-	Exit  int
-	Items map[string]string // answer to list
-	PID   int
-	Err   string
+	Op     string // store, drop, next, list, exit, hang, stuck
+	Name   string
+	Text   string
+	Argv   []string
+	Exit   int
+	Items  map[string]string // answer to list
+	PID    int
+	Keeper int
+	Err    string
 }
 
 func TestMain(m *testing.M) {
-	if status, helper := Main(os.Args, testWorker); helper {
+	if status, helper := Main(os.Args, testProgram()); helper {
 		os.Exit(status)
 	}
 	os.Exit(testenv.Main(m))
 }
 
+// testVersion is what makes the version of the test program another.
+const testVersion = "LAYERFS_TEST_VERSION"
+
+func testProgram() Program {
+	version, err := strconv.Atoi(os.Getenv(testVersion))
+	if err != nil {
+		version = 7
+	}
+	return Program{Work: testWorker, Version: version}
+}
+
 func testWorker(w *Worker) error {
 	items := map[string]string{}
+	var mu sync.Mutex
+	stored := map[string]string{} // guarded by mu
+	var stuck atomic.Bool
 	for _, it := range w.Kept() {
 		f := os.NewFile(uintptr(it.FDs[0]), it.Name)
 		b, err := io.ReadAll(io.NewSectionReader(f, 0, 1<<20))
 		if err != nil {
 			return err
 		}
-		items[it.Name] = string(b)
+		items[it.Name], stored[it.Name] = string(b), string(b)
 	}
-	if err := w.Ready(); err != nil {
+	hand := func() error {
+		mu.Lock()
+		defer mu.Unlock()
+		for name, text := range stored {
+			if err := store(w, name, text); err != nil {
+				return err
+			}
+		}
+		return nil
+	}
+	if err := w.Ready(Duties{Hand: hand, Alive: func() bool { return !stuck.Load() }}); err != nil {
 		return err
 	}
 	for {
@@ -67,9 +95,17 @@ func testWorker(w *Worker) error {
 		CloseAll(fds)
 		switch o.Op {
 		case "store":
+			mu.Lock()
+			stored[o.Name] = o.Text
+			mu.Unlock()
 			err = store(w, o.Name, o.Text)
 		case "drop":
+			mu.Lock()
+			maps.DeleteFunc(stored, func(name, _ string) bool { return name == o.Name || strings.HasPrefix(name, o.Name+"/") })
+			mu.Unlock()
 			err = w.Drop(o.Name)
+		case "stuck":
+			stuck.Store(true)
 		case "next":
 			err = w.Next(o.Argv)
 		case "exit":
@@ -80,7 +116,7 @@ func testWorker(w *Worker) error {
 			_ = unix.Kill(os.Getpid(), unix.SIGSTOP)
 			select {} // another thread may have taken the signal
 		}
-		a := order{Items: items, PID: os.Getpid()}
+		a := order{Items: items, PID: os.Getpid(), Keeper: w.Keeper(), Text: strings.Join(os.Environ(), "\n")}
 		if err != nil {
 			a.Err = err.Error()
 		}
@@ -126,7 +162,7 @@ func inTest(t *testing.T) (dir string, k *keeper, end func() error) {
 	require.NotNil(t, k)
 	k.pulse, k.silence = 20*time.Millisecond, 3*time.Second
 	started, done := make(chan struct{}), make(chan error, 1)
-	go func() { done <- k.run(func() { close(started) }) }()
+	go func() { done <- k.run(nil, func() { close(started) }) }()
 	<-started
 	end = sync.OnceValue(func() error {
 		err := <-done
@@ -185,9 +221,170 @@ func TestSilence(t *testing.T) {
 	after := tell(t, dir, nil, order{Op: "list"})
 	require.NotEqual(t, before.PID, after.PID)
 	require.Equal(t, map[string]string{"x": "kept"}, after.Items)
+	// One that takes calls, but does not do what it is for.
+	tell(t, dir, nil, order{Op: "stuck"})
+	require.Eventually(t, func() bool { return unix.Kill(after.PID, 0) == unix.ESRCH }, 10*time.Second, 10*time.Millisecond)
+	require.Equal(t, map[string]string{"x": "kept"}, tell(t, dir, nil, order{Op: "list"}).Items)
 	tell(t, dir, nil, order{Op: "drop", Name: "x"})
 	tell(t, dir, nil, order{Op: "exit"})
 	require.NoError(t, end())
+}
+
+// killed kills a process and waits for its end.
+func killed(t *testing.T, pid int) {
+	t.Helper()
+	require.NotZero(t, pid)
+	require.NoError(t, unix.Kill(pid, unix.SIGKILL))
+	require.Eventually(t, func() bool {
+		b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+		return err != nil || strings.Contains(string(b), ") Z ")
+	}, 10*time.Second, time.Millisecond)
+}
+
+// TestKeeperReplaced: a worker whose keeper was killed starts another and gives
+// it all there is, so that the worker can be killed, too.
+func TestKeeperReplaced(t *testing.T) {
+	dir := t.TempDir()
+	tell(t, dir, Self(), order{Op: "store", Name: "x", Text: "kept"})
+	tell(t, dir, nil, order{Op: "store", Name: "x/1", Text: "part"})
+	want := map[string]string{"x": "kept", "x/1": "part"}
+	first := tell(t, dir, nil, order{Op: "list"})
+	for round := range 3 {
+		before := tell(t, dir, nil, order{Op: "list"})
+		killed(t, before.Keeper)
+		name := fmt.Sprint("y", round)
+		tell(t, dir, nil, order{Op: "store", Name: name, Text: "later"}) // with the next one
+		want[name] = "later"
+		// What Next needs is that the keeper has all.
+		tell(t, dir, nil, order{Op: "next"})
+		after := tell(t, dir, nil, order{Op: "list"})
+		require.Equal(t, before.PID, after.PID)
+		require.NotEqual(t, before.Keeper, after.Keeper)
+		if round == 1 {
+			continue // a keeper in the place of one that was in another's
+		}
+		killed(t, after.PID)
+		again := tell(t, dir, nil, order{Op: "list"})
+		require.NotEqual(t, before.PID, again.PID)
+		require.Equal(t, want, again.Items)
+		require.Equal(t, after.Keeper, parent(t, again.PID))
+	}
+	log, err := os.ReadFile(dir + "/log")
+	require.NoError(t, err)
+	require.Contains(t, string(log), "the keeper was killed")
+	// Nobody gets in between: the lock is held as ever.
+	require.NoError(t, Start(t.Context(), dir, Self()))
+	last := tell(t, dir, nil, order{Op: "list"})
+	require.NotEqual(t, first.PID, last.PID)
+	for name := range want {
+		tell(t, dir, nil, order{Op: "drop", Name: name})
+	}
+	killed(t, last.Keeper)
+	tell(t, dir, nil, order{Op: "next"})
+	tell(t, dir, nil, order{Op: "exit"})
+	require.NoError(t, Gone(t.Context(), dir))
+}
+
+// TestKillBoth kills keeper and worker one soon after the other. A helper goes
+// on with all, or there is none, and the next call starts one: never two.
+func TestKillBoth(t *testing.T) {
+	dir := t.TempDir()
+	lived := 0
+	const rounds = 30
+	for round := range rounds {
+		tell(t, dir, Self(), order{Op: "store", Name: "x", Text: "kept"})
+		a := tell(t, dir, nil, order{Op: "list"})
+		require.NoError(t, unix.Kill(a.Keeper, unix.SIGKILL))
+		time.Sleep(time.Duration(round) * time.Millisecond)
+		require.NoError(t, unix.Kill(a.PID, unix.SIGKILL))
+		// Two that call at once.
+		var pids [2]int
+		var wg sync.WaitGroup
+		for k := range pids {
+			wg.Go(func() {
+				for pids[k] == 0 { // a call that a worker was given when it was killed ends
+					pids[k] = called(t, dir)
+				}
+			})
+		}
+		wg.Wait()
+		b := tell(t, dir, Self(), order{Op: "list"})
+		require.NotEqual(t, a.PID, b.PID)
+		require.Equal(t, b.PID, pids[0])
+		require.Equal(t, b.PID, pids[1])
+		if len(b.Items) > 0 {
+			require.Equal(t, map[string]string{"x": "kept"}, b.Items)
+			lived++
+		}
+	}
+	t.Logf("%d of %d went on", lived, rounds)
+	tell(t, dir, nil, order{Op: "drop", Name: "x"})
+	tell(t, dir, nil, order{Op: "exit"})
+	require.NoError(t, Gone(t.Context(), dir))
+}
+
+// called makes one call and returns who answered, 0 for nobody.
+func called(t *testing.T, dir string) int {
+	c, err := Dial(t.Context(), dir, Self())
+	if !assert.NoError(t, err) {
+		return -1
+	}
+	defer c.Close()
+	var a order
+	if c.Send(order{Op: "list"}) != nil {
+		return 0
+	}
+	if _, err := c.Recv(&a); err != nil {
+		return 0
+	}
+	return a.PID
+}
+
+// TestAnswerLost: what the keeper did not confirm is told again, and a keeper
+// that says nothing at all is killed.
+func TestAnswerLost(t *testing.T) {
+	a, b, err := pair()
+	require.NoError(t, err)
+	mine, err := NewConn(a)
+	require.NoError(t, err)
+	keeper, err := NewConn(b)
+	require.NoError(t, err)
+	defer keeper.Close()
+	kills := make(chan struct{}, 10)
+	l := newLink(mine, 1, func() { kills <- struct{}{}; keeper.Close() })
+	w := newWorker(t.TempDir(), nil, nil, l)
+	w.resendAfter, w.silence = 20*time.Millisecond, 200*time.Millisecond
+	done := make(chan struct{})
+	go func() { w.tend(l); close(done) }()
+	heard := make(chan message, 100)
+	go func() {
+		for n := 0; ; n++ {
+			var m message
+			fds, err := keeper.Recv(&m)
+			if err != nil {
+				return
+			}
+			CloseAll(fds)
+			heard <- m
+			if n == 1 { // the first answer is lost
+				_ = keeper.Send(message{Op: opAck, Seq: m.Seq})
+			}
+		}
+	}()
+	null, err := os.Open(os.DevNull)
+	require.NoError(t, err)
+	defer null.Close()
+	require.NoError(t, w.Store("x", 3, int(null.Fd())))
+	first, second := <-heard, <-heard
+	require.Equal(t, first, second)
+	require.Equal(t, message{Op: opStore, Name: "x", Conn: 3, Seq: 1}, first)
+	require.Empty(t, kills)
+	require.NoError(t, w.Store("y", 0, int(null.Fd())), "without a keeper")
+	require.NotEmpty(t, kills)
+	require.ErrorIs(t, w.Next(nil), ErrNoKeeper)
+	close(w.closed)
+	<-done
+	require.Empty(t, w.waiting)
 }
 
 // TestFaulty: a keeper gives up on workers that die of their own fault, not on
@@ -253,10 +450,10 @@ func TestPause(t *testing.T) {
 	own, err := os.Readlink(self)
 	require.NoError(t, err)
 	const script = `echo >>"$4/starts"; [ $(wc -l <"$4/starts") -gt 6 ] && exec "$@"; kill -9 $$`
-	k.argv = []string{"/bin/sh", "-c", script, "sh", own, Arg, roleWork, dir}
+	k.start = program{"/bin/sh", []string{"/bin/sh", "-c", script, "sh", own, Arg, roleWork, dir}}
 	began := time.Now()
 	done := make(chan error, 1)
-	go func() { done <- k.run(nil) }()
+	go func() { done <- k.run(nil, nil) }()
 	tell(t, dir, nil, order{Op: "list"})
 	require.Greater(t, time.Since(began), 630*time.Millisecond, "10 + 20 + 40 + 80 + 160 + 320 ms")
 	before := tell(t, dir, nil, order{Op: "list"}).PID
@@ -281,6 +478,36 @@ func TestNextFails(t *testing.T) {
 	require.NoError(t, end())
 }
 
+// TestNextGone: the program that was ready last comes after one that fails, even
+// if its file has gone; and the keeper's own after one with a fault.
+func TestNextGone(t *testing.T) {
+	dir, _, end := inTest(t)
+	tell(t, dir, nil, order{Op: "store", Name: "x", Text: "kept"})
+	own, err := os.ReadFile(self)
+	require.NoError(t, err)
+	exe := t.TempDir() + "/other"
+	require.NoError(t, os.WriteFile(exe, own, 0o755))
+	tell(t, dir, nil, order{Op: "next", Argv: []string{exe}})
+	tell(t, dir, nil, order{Op: "exit", Exit: ExitNext})
+	program := func() string {
+		target, err := os.Readlink(fmt.Sprintf("/proc/%d/exe", tell(t, dir, nil, order{Op: "list"}).PID))
+		require.NoError(t, err)
+		return target
+	}
+	require.Equal(t, exe, program())
+	require.NoError(t, os.Remove(exe))
+	tell(t, dir, nil, order{Op: "next", Argv: []string{"/bin/false"}})
+	tell(t, dir, nil, order{Op: "exit", Exit: ExitNext})
+	require.Equal(t, exe+" (deleted)", program())
+	killed(t, tell(t, dir, nil, order{Op: "list"}).PID)
+	require.Equal(t, exe+" (deleted)", program())
+	tell(t, dir, nil, order{Op: "exit", Exit: 3}) // it has a fault
+	require.NotContains(t, program(), exe)
+	tell(t, dir, nil, order{Op: "drop", Name: "x"})
+	tell(t, dir, nil, order{Op: "exit"})
+	require.NoError(t, end())
+}
+
 // TestDeaf: a worker that does not read what there is keeps the keeper only
 // until it dies, or has been silent for too long.
 func TestDeaf(t *testing.T) {
@@ -291,7 +518,7 @@ func TestDeaf(t *testing.T) {
 			k, err := newKeeper(dir)
 			require.NoError(t, err)
 			defer k.close()
-			k.argv, k.pulse, k.silence = argv, 20*time.Millisecond, 3*time.Second
+			k.start, k.pulse, k.silence = program{argv[0], argv}, 20*time.Millisecond, 3*time.Second
 			const items = 1000 // more than a socket takes
 			for i := range items {
 				fd, err := unix.MemfdCreate("test", unix.MFD_CLOEXEC)
@@ -299,7 +526,7 @@ func TestDeaf(t *testing.T) {
 				k.items[fmt.Sprint("x/", i)] = item{fds: []int{fd}}
 			}
 			done := make(chan error, 1)
-			go func() { done <- k.run(nil) }()
+			go func() { done <- k.run(nil, nil) }()
 			require.Len(t, tell(t, dir, nil, order{Op: "list"}).Items, items)
 			tell(t, dir, nil, order{Op: "drop", Name: "x"})
 			tell(t, dir, nil, order{Op: "exit"})
@@ -388,6 +615,43 @@ func TestStart(t *testing.T) {
 	require.NoError(t, Gone(t.Context(), dir))
 	_, err := Dial(t.Context(), dir, nil)
 	require.ErrorIs(t, err, ErrNone)
+}
+
+// TestVersion asks programs for it.
+func TestVersion(t *testing.T) {
+	got, err := Version(t.Context(), Self(), "/nowhere")
+	require.NoError(t, err)
+	require.Equal(t, 7, got)
+	for want, command := range map[string][]string{
+		"ask /bin/false":   {"/bin/false"},
+		"ask /nowhere":     {"/nowhere"},
+		"/bin/echo is no":  {"/bin/echo", "3"},
+		"/bin/true is no ": {"/bin/true"},
+	} {
+		_, err := Version(t.Context(), command, "/nowhere")
+		require.ErrorContains(t, err, want)
+	}
+}
+
+// TestSurroundings: of the environment a helper gets what it needs, and its
+// command may choose the rest.
+func TestSurroundings(t *testing.T) {
+	t.Setenv("SECRET", "of the program")
+	t.Setenv("GOGC", "77")
+	dir := t.TempDir()
+	own, err := os.Readlink(self)
+	require.NoError(t, err)
+	const adjust = `echo 321 >/proc/self/oom_score_adj; exec "$@"`
+	a := tell(t, dir, []string{"/bin/sh", "-c", adjust, "sh", own}, order{Op: "list"})
+	require.NotContains(t, a.Text, "SECRET")
+	require.Contains(t, a.Text, "GOGC=77")
+	for _, pid := range []int{a.PID, a.Keeper} {
+		b, err := os.ReadFile(fmt.Sprintf("/proc/%d/oom_score_adj", pid))
+		require.NoError(t, err)
+		require.Equal(t, "321\n", string(b))
+	}
+	tell(t, dir, nil, order{Op: "exit"})
+	require.NoError(t, Gone(t.Context(), dir))
 }
 
 // TestCallerGone: a keeper goes on if the one who started it does not listen.

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"strconv"
 	"strings"
 	"time"
 
@@ -74,6 +75,25 @@ func Dial(ctx context.Context, dir string, command []string) (*Conn, error) {
 			return nil, context.Cause(ctx)
 		}
 	}
+}
+
+// Version returns the Version of the program that a command runs, as a worker
+// would be run. The error tells of programs that know nothing of it.
+func Version(ctx context.Context, command []string, dir string) (int, error) {
+	ctx, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, command[0], append(command[1:len(command):len(command)], Arg, roleVersion, dir)...)
+	cmd.Dir = "/"
+	cmd.WaitDelay = time.Second
+	out, err := cmd.Output()
+	if err != nil {
+		return 0, fmt.Errorf("ask %s for its version: %w", command[0], err)
+	}
+	n, err := strconv.Atoi(strings.TrimSpace(string(out)))
+	if err != nil {
+		return 0, fmt.Errorf("%s is no helper: it calls itself version %.20q", command[0], out)
+	}
+	return n, nil
 }
 
 // ErrNone says that there is no helper at work.

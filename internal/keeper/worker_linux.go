@@ -7,6 +7,7 @@ import (
 	"net"
 	"os"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -16,19 +17,53 @@ import (
 // A Worker is what a worker process has of its keeper. Its methods are safe for
 // concurrent use.
 type Worker struct {
-	dir     string
-	control *Conn
-	socket  *os.File
-	lock    *os.File
-	kept    []Item
+	dir    string
+	socket *os.File
+	lock   *os.File
+	kept   []Item
 
-	mu      sync.Mutex
-	seq     uint64                   // guarded by mu
-	waiting map[uint64]chan struct{} // guarded by mu
-	gone    chan struct{}            // closed when there is no keeper any more
+	mu       sync.Mutex
+	seq      uint64                   // guarded by mu
+	waiting  map[uint64]chan struct{} // guarded by mu
+	link     *link                    // to the keeper, nil without one; guarded by mu
+	starting bool                     // there will be another link soon; guarded by mu
+	changed  chan struct{}            // closed and replaced when link or starting change; guarded by mu
+	duties   Duties                   // guarded by mu; set when ready is closed
+	next     *link                    // whose keeper knows what comes next; guarded by mu
+
+	ready   chan struct{}
+	proving atomic.Bool
 
 	closing sync.Once
 	closed  chan struct{}
+
+	// resendAfter is how long an answer of the keeper may take before it is
+	// asked again, and silence before it is killed.
+	resendAfter, silence time.Duration
+}
+
+// Duties are what a worker that is ready can be asked for.
+type Duties struct {
+	// Hand stores all that a worker after this one needs. It is called when
+	// the keeper was killed and there is a new one, which has nothing; maybe
+	// again while it runs, and while other things are stored.
+	Hand func() error
+	// Alive reports whether the worker does its work. If that is not so for
+	// long, or there is no answer, it is killed and replaced. nil: always.
+	Alive func() bool
+}
+
+// A link is a connection to a keeper.
+type link struct {
+	conn  *Conn
+	pid   int
+	kill  func() // kills the keeper
+	lost  chan struct{}
+	whole chan struct{} // closed when the keeper has all there is
+}
+
+func newLink(conn *Conn, pid int, kill func()) *link {
+	return &link{conn: conn, pid: pid, kill: kill, lost: make(chan struct{}), whole: make(chan struct{})}
 }
 
 // An Item is what an earlier worker had stored.
@@ -39,27 +74,17 @@ type Item struct {
 }
 
 func runWorker(dir string, work func(*Worker) error) error {
-	// Whoever passes a descriptor on may make it block.
-	for _, fd := range []int{workerControl, workerSocket} {
-		if err := unix.SetNonblock(fd, true); err != nil {
-			return os.NewSyscallError("fcntl", err)
-		}
-	}
-	for _, fd := range []int{workerControl, workerSocket, workerLock} {
-		unix.CloseOnExec(fd)
-	}
-	// What else there is comes from whatever ran between keeper and worker.
-	if err := strangers(workerLock+1, func(fd int) { unix.Close(fd) }); err != nil {
+	if err := inherited(workerLock, workerControl, workerSocket); err != nil {
 		return err
 	}
 	control, err := NewConn(os.NewFile(workerControl, "control"))
 	if err != nil {
 		return err
 	}
-	w := &Worker{
-		dir: dir, control: control, socket: os.NewFile(workerSocket, socketName), lock: os.NewFile(workerLock, lockName),
-		waiting: map[uint64]chan struct{}{}, gone: make(chan struct{}), closed: make(chan struct{}),
-	}
+	pid := os.Getppid()
+	l := newLink(control, pid, killer(pid))
+	close(l.whole)
+	w := newWorker(dir, os.NewFile(workerSocket, socketName), os.NewFile(workerLock, lockName), l)
 	for {
 		var m message
 		fds, err := control.Recv(&m)
@@ -73,26 +98,202 @@ func runWorker(dir string, work func(*Worker) error) error {
 			w.kept = append(w.kept, Item{m.Name, fds, m.Conn})
 		}
 	}
-	go w.listen()
+	go w.tend(l)
 	return work(w)
 }
 
-// listen hears what the keeper says.
-func (w *Worker) listen() {
-	defer close(w.gone)
+func newWorker(dir string, socket, lock *os.File, l *link) *Worker {
+	return &Worker{
+		dir: dir, socket: socket, lock: lock, link: l,
+		waiting: map[uint64]chan struct{}{}, changed: make(chan struct{}), ready: make(chan struct{}), closed: make(chan struct{}),
+		resendAfter: resendAfter, silence: silence,
+	}
+}
+
+// inherited prepares the descriptors a process was given, up to the number
+// last, of which some must not block.
+func inherited(last int, nonblock ...int) error {
+	// Whoever passes a descriptor on may make it block.
+	for _, fd := range nonblock {
+		if err := unix.SetNonblock(fd, true); err != nil {
+			return os.NewSyscallError("fcntl", err)
+		}
+	}
+	for fd := 3; fd <= last; fd++ {
+		unix.CloseOnExec(fd)
+	}
+	// What else there is comes from whatever ran between keeper and worker.
+	return strangers(last+1, func(fd int) { unix.Close(fd) })
+}
+
+// killer returns what kills the parent of this process, and nobody who gets
+// its number later.
+func killer(pid int) func() {
+	fd, err := unix.PidfdOpen(pid, 0)
+	if err != nil || os.Getppid() != pid {
+		return func() {} // it has ended, or this is before Linux 5.3
+	}
+	return func() { _ = unix.PidfdSendSignal(fd, unix.SIGKILL, nil, 0) }
+}
+
+// resendAfter is far more than a keeper needs for an answer.
+const resendAfter = 3 * time.Second
+
+// tend hears what keepers say, and replaces those that are killed.
+func (w *Worker) tend(l *link) {
+	defer func() {
+		w.mu.Lock()
+		w.set(nil, false)
+		w.mu.Unlock()
+	}()
+	pause := time.Duration(0)
+	for {
+		if err := w.listen(l); !errors.Is(err, io.EOF) {
+			fmt.Fprintln(os.Stderr, time.Now().Format(time.RFC3339), "keeper:", err)
+			l.kill() // there must not be two
+		}
+		select {
+		case <-l.whole:
+			pause = 0
+		default: // it may end for a reason of its own
+		}
+		w.mu.Lock()
+		w.set(nil, w.isReady())
+		w.mu.Unlock()
+		close(l.lost)
+		l.conn.Close()
+		select {
+		case <-w.ready: // what there is to keep is not known before
+		case <-w.closed:
+			return
+		}
+		for l = nil; l == nil; {
+			select {
+			case <-time.After(pause):
+			case <-w.closed:
+				return
+			}
+			pause = min(max(2*pause, minPause), maxPause)
+			w.mu.Lock()
+			w.set(nil, true)
+			w.mu.Unlock()
+			var err error
+			if l, err = w.startKeeper(); err != nil {
+				fmt.Fprintln(os.Stderr, time.Now().Format(time.RFC3339), "another keeper:", err)
+			}
+			w.mu.Lock()
+			w.set(l, false)
+			w.mu.Unlock()
+		}
+		fmt.Fprintln(os.Stderr, time.Now().Format(time.RFC3339), "the keeper was killed; there is another:", l.pid)
+		go w.handOver(l)
+	}
+}
+
+func (w *Worker) isReady() bool {
+	select {
+	case <-w.ready:
+		return true
+	default:
+		return false
+	}
+}
+
+// set changes the link; mu is held.
+func (w *Worker) set(l *link, starting bool) {
+	w.link, w.starting = l, starting
+	close(w.changed)
+	w.changed = make(chan struct{})
+}
+
+// startKeeper runs a keeper for this worker. It is a child, and is nobody's
+// when the worker ends.
+func (w *Worker) startKeeper() (*link, error) {
+	mine, theirs, err := pair()
+	if err != nil {
+		return nil, err
+	}
+	defer theirs.Close()
+	conn, err := NewConn(mine)
+	if err != nil {
+		return nil, err
+	}
+	pidfd, err := unix.PidfdOpen(os.Getpid(), 0)
+	if err != nil {
+		conn.Close()
+		return nil, os.NewSyscallError("pidfd_open", err)
+	}
+	defer unix.Close(pidfd)
+	null, err := os.OpenFile(os.DevNull, os.O_RDWR, 0)
+	if err != nil {
+		conn.Close()
+		return nil, err
+	}
+	defer null.Close()
+	files := []uintptr{null.Fd(), null.Fd(), os.Stderr.Fd(), theirs.Fd(), 0, w.lock.Fd(), uintptr(pidfd)}
+	// Not by os.File.Fd, which makes it block: this process goes on with it.
+	raw, err := w.socket.SyscallConn()
+	if err != nil {
+		conn.Close()
+		return nil, err
+	}
+	var pid int
+	cerr := raw.Control(func(fd uintptr) {
+		files[workerSocket] = fd
+		pid, _, err = syscall.StartProcess(self, []string{os.Args[0], Arg, roleAdopt, w.dir}, &syscall.ProcAttr{
+			Dir: "/", Env: os.Environ(), Files: files, Sys: &syscall.SysProcAttr{Setsid: true},
+		})
+	})
+	if err = errors.Join(cerr, err); err != nil {
+		conn.Close()
+		return nil, fmt.Errorf("start keeper: %w", err)
+	}
+	p, err := os.FindProcess(pid)
+	if err != nil { // it does not fail on Unix
+		conn.Close()
+		return nil, err
+	}
+	go func() { _, _ = p.Wait() }()
+	return newLink(conn, pid, func() { _ = p.Kill() }), nil
+}
+
+// handOver gives a new keeper all there is.
+func (w *Worker) handOver(l *link) {
+	for {
+		err := w.duties.Hand()
+		select {
+		case <-l.lost:
+			return
+		default:
+		}
+		if err == nil {
+			close(l.whole)
+			return
+		}
+		fmt.Fprintln(os.Stderr, time.Now().Format(time.RFC3339), "hand over to another keeper:", err)
+		select {
+		case <-l.lost:
+			return
+		case <-time.After(time.Second):
+		}
+	}
+}
+
+// listen hears what the keeper says, until there is nothing more: io.EOF if it
+// has ended.
+func (w *Worker) listen(l *link) error {
 	for {
 		var m message
-		fds, err := w.control.Recv(&m)
+		fds, err := l.conn.Recv(&m)
 		if err != nil {
-			if !errors.Is(err, io.EOF) {
-				fmt.Fprintln(os.Stderr, "keeper:", err)
-			}
-			return
+			return err
 		}
 		CloseAll(fds)
 		switch m.Op {
 		case opPing:
-			_ = w.control.Send(message{Op: opPong})
+			if w.proving.CompareAndSwap(false, true) { // else it does not come to an end
+				go w.prove(l)
+			}
 		case opAck:
 			w.mu.Lock()
 			if c := w.waiting[m.Seq]; c != nil {
@@ -104,8 +305,27 @@ func (w *Worker) listen() {
 	}
 }
 
+// prove tells the keeper that the worker is alive, if it is.
+func (w *Worker) prove(l *link) {
+	defer w.proving.Store(false)
+	if w.isReady() && w.duties.Alive != nil && !w.duties.Alive() {
+		return
+	}
+	_ = l.conn.Send(message{Op: opPong})
+}
+
 // Dir returns the directory of the helper.
 func (w *Worker) Dir() string { return w.dir }
+
+// Keeper returns the number of the keeper's process, 0 if there is none.
+func (w *Worker) Keeper() int {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.link == nil {
+		return 0
+	}
+	return w.link.pid
+}
 
 // Kept returns what earlier workers stored. The descriptors are the caller's.
 func (w *Worker) Kept() []Item { return w.kept }
@@ -117,9 +337,40 @@ func (w *Worker) Store(name string, conn int, fds ...int) error {
 	return withoutKeeper(w.tell(message{Op: opStore, Name: name, Conn: conn}, fds...))
 }
 
-// tell sends a message and waits until the keeper has done what it says. The
-// error matches ErrNoKeeper if that has ended.
+// current returns the link, and waits for one that comes soon.
+func (w *Worker) current() (*link, error) {
+	for {
+		w.mu.Lock()
+		l, starting, changed := w.link, w.starting, w.changed
+		w.mu.Unlock()
+		if l != nil {
+			return l, nil
+		}
+		if !starting {
+			return nil, ErrNoKeeper
+		}
+		<-changed
+	}
+}
+
+// tell sends a message and waits until the keeper has done what it says: the
+// next one, if it is killed before it says so. What is told may be done twice.
+// The error matches ErrNoKeeper if there is none.
 func (w *Worker) tell(m message, fds ...int) error {
+	for {
+		l, err := w.current()
+		if err != nil {
+			return err
+		}
+		if err = w.tellOn(l, m, fds...); !errors.Is(err, ErrNoKeeper) {
+			return err
+		}
+		<-l.lost
+	}
+}
+
+// tellOn is tell with one keeper.
+func (w *Worker) tellOn(l *link, m message, fds ...int) error {
 	done := make(chan struct{})
 	w.mu.Lock()
 	w.seq++
@@ -127,17 +378,29 @@ func (w *Worker) tell(m message, fds ...int) error {
 	w.waiting[seq] = done
 	w.mu.Unlock()
 	m.Seq = seq
-	if err := w.control.Send(m, fds...); err != nil {
+	defer func() {
 		w.mu.Lock()
 		delete(w.waiting, seq)
 		w.mu.Unlock()
-		return noKeeper(err)
-	}
-	select {
-	case <-done:
-		return nil
-	case <-w.gone:
-		return ErrNoKeeper
+	}()
+	again := time.NewTicker(w.resendAfter)
+	defer again.Stop()
+	for began := time.Now(); ; {
+		if err := l.conn.Send(m, fds...); err != nil {
+			return noKeeper(err)
+		}
+		select {
+		case <-done:
+			return nil
+		case <-l.lost:
+			return ErrNoKeeper
+		case <-again.C:
+		}
+		// An answer can be lost: a keeper does not wait for who does not read.
+		if time.Since(began) > w.silence {
+			fmt.Fprintln(os.Stderr, time.Now().Format(time.RFC3339), "the keeper gives no sign of life")
+			l.kill()
+		}
 	}
 }
 
@@ -145,30 +408,19 @@ func (w *Worker) tell(m message, fds ...int) error {
 var ErrNoKeeper = errors.New("the helper has lost the process that would start it again")
 
 func noKeeper(err error) error {
-	if errors.Is(err, unix.EPIPE) || errors.Is(err, unix.ECONNRESET) || errors.Is(err, unix.ENOTCONN) {
+	if errors.Is(err, unix.EPIPE) || errors.Is(err, unix.ECONNRESET) || errors.Is(err, unix.ENOTCONN) || errors.Is(err, net.ErrClosed) {
 		return ErrNoKeeper
 	}
 	return err
 }
 
 // withoutKeeper is the result of telling the keeper what to keep: if there is
-// none any more, there is nothing to be done about it.
+// none, the next one will be told.
 func withoutKeeper(err error) error {
 	if errors.Is(err, ErrNoKeeper) {
 		return nil
 	}
 	return err
-}
-
-// Alone reports whether the keeper has ended: who ends then is not followed by
-// another worker.
-func (w *Worker) Alone() bool {
-	select {
-	case <-w.gone:
-		return true
-	default:
-		return false
-	}
 }
 
 // Drop makes the keeper close what it has under a name, and under names that
@@ -179,18 +431,70 @@ func (w *Worker) Drop(name string) error {
 
 // DropLater is Drop that does not wait.
 func (w *Worker) DropLater(name string) error {
-	return withoutKeeper(noKeeper(w.control.Send(message{Op: opDrop, Name: name})))
+	w.mu.Lock()
+	l := w.link
+	w.mu.Unlock()
+	if l == nil {
+		return nil
+	}
+	return withoutKeeper(noKeeper(l.conn.Send(message{Op: opDrop, Name: name})))
 }
 
 // Next names the program, with its first arguments, that replaces this worker
 // when it ends with [ExitNext], and returns when the keeper knows. The error
-// matches [ErrNoKeeper] if there is none: the worker must not end then.
-func (w *Worker) Next(argv []string) error { return w.tell(message{Op: opNext, Argv: argv}) }
+// matches [ErrNoKeeper] if there is none that has all: the worker must not end
+// then.
+func (w *Worker) Next(argv []string) error {
+	enough := time.NewTimer(w.silence)
+	defer enough.Stop()
+	for {
+		l, err := w.current()
+		if err != nil {
+			return err
+		}
+		select {
+		case <-l.whole:
+		case <-l.lost:
+			continue
+		case <-enough.C:
+			return ErrNoKeeper
+		}
+		err = w.tellOn(l, message{Op: opNext, Argv: argv})
+		if errors.Is(err, ErrNoKeeper) {
+			<-l.lost
+			continue
+		}
+		if err == nil {
+			w.mu.Lock()
+			w.next = l
+			w.mu.Unlock()
+		}
+		return err
+	}
+}
+
+// Followed reports whether the keeper that Next told is still there, which
+// starts the next worker.
+func (w *Worker) Followed() bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.next != nil && w.link == w.next
+}
 
 // Ready tells the keeper that the worker goes on with all that earlier ones
 // stored. One that ends before is replaced after a pause.
-func (w *Worker) Ready() error {
-	return withoutKeeper(noKeeper(w.control.Send(message{Op: opReady})))
+func (w *Worker) Ready(d Duties) error {
+	w.mu.Lock()
+	w.duties = d
+	w.mu.Unlock()
+	close(w.ready)
+	w.mu.Lock()
+	l := w.link
+	w.mu.Unlock()
+	if l == nil {
+		return nil // there will be one
+	}
+	return withoutKeeper(noKeeper(l.conn.Send(message{Op: opReady})))
 }
 
 // Accept takes a call. While there is no descriptor or memory for one, calls

@@ -22,19 +22,38 @@ type Client struct {
 	Dir     string   // absolute; made if missing
 	Command []string // of a program that calls keeper.Main
 
-	used atomic.Bool
+	used  atomic.Bool
+	ahead int // what is added to Version, in tests
 }
 
-// tries is how often a call is made again if the worker dies meanwhile.
-const tries = 5
+// A call is made again if the worker dies meanwhile, up to tries times, with
+// pauses: what killed it may kill the next one, too.
+const (
+	tries      = 10
+	firstPause = time.Millisecond
+)
 
-// again reports whether a call ended because the worker did.
-func again(err error) bool {
-	return errors.Is(err, io.EOF) || errors.Is(err, unix.ECONNRESET) || errors.Is(err, unix.EPIPE)
+// retried calls f until it does not end because the worker did.
+func retried(ctx context.Context, f func() error) error {
+	for n := 0; ; n++ {
+		err := f()
+		dead := errors.Is(err, io.EOF) || errors.Is(err, unix.ECONNRESET) || errors.Is(err, unix.EPIPE)
+		if !dead || n == tries {
+			return err
+		}
+		t := time.NewTimer(firstPause << n)
+		select {
+		case <-t.C:
+		case <-ctx.Done():
+			t.Stop()
+			return context.Cause(ctx)
+		}
+	}
 }
 
 // ask makes one call on a connection.
-func ask(ctx context.Context, c *keeper.Conn, req *request, fds ...int) (ans answer, err error) {
+func (cl *Client) ask(ctx context.Context, c *keeper.Conn, req *request, fds ...int) (ans answer, err error) {
+	req.Version = Version + cl.ahead
 	stop := context.AfterFunc(ctx, func() { c.Close() })
 	defer stop()
 	if err = c.Send(req, fds...); err == nil {
@@ -54,22 +73,36 @@ func ask(ctx context.Context, c *keeper.Conn, req *request, fds ...int) (ans ans
 // Mount mounts a union. The error is ErrClosed or an errno of the worker's; a
 // mount that failed leaves nothing behind.
 func (c *Client) Mount(ctx context.Context, cfg Config) (rep []Repaired, err error) {
-	for range tries {
-		if rep, err = c.mount(ctx, cfg); !again(err) {
-			break
-		}
-	}
+	err = c.understood(ctx, func() error {
+		return retried(ctx, func() (err error) {
+			rep, err = c.mount(ctx, cfg)
+			return err
+		})
+	})
 	return rep, err
+}
+
+// understood makes a call, again after the worker was replaced if that does not
+// know calls of this version.
+func (c *Client) understood(ctx context.Context, call func() error) error {
+	err := call()
+	if !errors.Is(err, errnoLater) || len(c.Command) == 0 {
+		return err
+	}
+	if rerr := c.Replace(ctx); rerr != nil {
+		return errors.Join(err, rerr)
+	}
+	return call()
 }
 
 func (c *Client) mount(ctx context.Context, cfg Config) (_ []Repaired, err error) {
 	req := &request{Op: opMount, Config: &cfg}
 	for _, b := range cfg.Branches {
-		dev, err := deviceOf(b.Path)
+		is, err := placeOf(b.Path)
 		if err != nil {
 			return nil, err
 		}
-		req.Devs = append(req.Devs, dev)
+		req.Are = append(req.Are, is)
 	}
 	c.used.Store(true)
 	conn, err := keeper.Dial(ctx, c.Dir, c.Command)
@@ -83,7 +116,7 @@ func (c *Client) mount(ctx context.Context, cfg Config) (_ []Repaired, err error
 	}
 	ans, err := func() (answer, error) {
 		defer unix.Close(fd) // the worker has it from here on
-		ans, err := ask(ctx, conn, req, fd)
+		ans, err := c.ask(ctx, conn, req, fd)
 		if err != nil {
 			return ans, err
 		}
@@ -94,7 +127,7 @@ func (c *Client) mount(ctx context.Context, cfg Config) (_ []Repaired, err error
 	}
 	number, err := connection(cfg.Target)
 	if err == nil {
-		_, err = ask(ctx, conn, &request{Op: opMounted, Conn: number})
+		_, err = c.ask(ctx, conn, &request{Op: opMounted, Conn: number})
 	}
 	if err != nil {
 		return nil, errors.Join(err, ignoreNotMounted(mount.Unmount(cfg.Target)))
@@ -109,13 +142,13 @@ func ignoreNotMounted(err error) error {
 	return err
 }
 
-// deviceOf returns the device number of a branch, without asking a server.
-func deviceOf(path string) (uint64, error) {
+// placeOf returns which directory a branch is, without asking a server.
+func placeOf(path string) (place, error) {
 	var st unix.Statx_t
-	if err := unix.Statx(unix.AT_FDCWD, path, unix.AT_STATX_DONT_SYNC, 0, &st); err != nil {
-		return 0, &os.PathError{Op: "statx", Path: path, Err: err}
+	if err := unix.Statx(unix.AT_FDCWD, path, unix.AT_STATX_DONT_SYNC, unix.STATX_INO, &st); err != nil {
+		return place{}, &os.PathError{Op: "statx", Path: path, Err: err}
 	}
-	return unix.Mkdev(st.Dev_major, st.Dev_minor), nil
+	return place{unix.Mkdev(st.Dev_major, st.Dev_minor), st.Ino}, nil
 }
 
 // connection returns the number of the FUSE connection of a mount, without
@@ -135,20 +168,19 @@ func connection(target string) (int, error) {
 
 // call makes a call about a mount. ErrNotServed says that no helper serves it.
 func (c *Client) call(ctx context.Context, req *request) (ans answer, err error) {
-	for range tries {
-		var conn *keeper.Conn
-		if conn, err = keeper.Dial(ctx, c.Dir, nil); err != nil {
-			if errors.Is(err, keeper.ErrNone) {
-				err = ErrNotServed
-			}
-			return ans, err
+	err = retried(ctx, func() error {
+		conn, err := keeper.Dial(ctx, c.Dir, nil)
+		if errors.Is(err, keeper.ErrNone) {
+			return ErrNotServed
 		}
-		ans, err = ask(ctx, conn, req)
-		conn.Close()
-		if !again(err) {
-			break
+		if err != nil {
+			return err
 		}
-	}
+		defer conn.Close()
+		ans, err = c.ask(ctx, conn, req)
+		req.Retry = true
+		return err
+	})
 	if errors.Is(err, errnoNotServed) {
 		err = ErrNotServed
 	}
@@ -162,11 +194,14 @@ func (c *Client) Insert(ctx context.Context, target string, at int, b Branch) er
 		req.Op = opAppend
 	}
 	var err error
-	if req.Dev, err = deviceOf(b.Path); err != nil {
+	if req.Is, err = placeOf(b.Path); err != nil {
 		return err
 	}
-	_, err = c.call(ctx, req)
-	return err
+	return c.understood(ctx, func() error {
+		r := *req
+		_, err := c.call(ctx, &r)
+		return err
+	})
 }
 
 // Modify changes the permission of a branch.

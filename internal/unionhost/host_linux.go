@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -28,14 +29,15 @@ type host struct {
 	w   *keeper.Worker
 	log *slog.Logger
 
-	mu     sync.Mutex
-	hub    *watch.Hub        // guarded by mu; made when first needed
-	unions map[string]*union // guarded by mu; by number
-	last   uint64            // guarded by mu; number of the last union
-	calls  int               // guarded by mu; that run
-	idle   *time.Timer       // guarded by mu
-	ending bool              // guarded by mu; takes no more calls
-	tired  bool              // guarded by mu; ends as soon as there is nothing to do
+	mu      sync.Mutex
+	hub     *watch.Hub        // guarded by mu; made when first needed
+	unions  map[string]*union // guarded by mu; by number
+	last    uint64            // guarded by mu; number of the last union
+	calls   int               // guarded by mu; that run
+	idle    *time.Timer       // guarded by mu
+	ending  bool              // guarded by mu; takes no more calls
+	leaving bool              // guarded by mu; the same, since another worker is to do so
+	tired   bool              // guarded by mu; ends as soon as there is nothing to do
 }
 
 // A union that is served.
@@ -53,11 +55,17 @@ type union struct {
 
 	mu sync.Mutex // one change of the branches at a time, and their end
 
+	keeping sync.Mutex // held while all is given to a keeper
+	ended   bool       // there is nothing more to keep; guarded by keeping
+
 	locks []int // of writable branches, for store; changed in State.Hand
 }
 
-// Work is the worker, for keeper.Main.
-func Work(w *keeper.Worker) error {
+// Program is the helper, for keeper.Main.
+func Program() keeper.Program { return keeper.Program{Work: work, Version: Version} }
+
+// work is the worker.
+func work(w *keeper.Worker) error {
 	h := &host{
 		w: w, unions: map[string]*union{},
 		log: slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: slog.LevelWarn})),
@@ -65,7 +73,7 @@ func Work(w *keeper.Worker) error {
 	if err := h.resume(w.Kept()); err != nil {
 		return err
 	}
-	if err := w.Ready(); err != nil {
+	if err := w.Ready(keeper.Duties{Hand: h.hand, Alive: h.alive}); err != nil {
 		return err
 	}
 	h.mu.Lock()
@@ -82,9 +90,9 @@ func Work(w *keeper.Worker) error {
 			return err
 		}
 		h.mu.Lock()
-		if h.ending {
+		if h.ending || h.leaving {
 			h.mu.Unlock()
-			c.Close() // the caller tries again, with another helper
+			c.Close() // the caller tries again, with another worker
 			continue
 		}
 		h.calls++
@@ -98,6 +106,35 @@ func Work(w *keeper.Worker) error {
 			h.mu.Unlock()
 		}()
 	}
+}
+
+// hand gives a new keeper what another worker needs.
+func (h *host) hand() error {
+	var errs []error
+	for _, u := range h.all() {
+		errs = append(errs, u.hand())
+	}
+	return errors.Join(errs...)
+}
+
+// alive reports whether the requests of all unions are taken.
+func (h *host) alive() bool {
+	for _, u := range h.all() {
+		if s := u.srv.Load(); s != nil && !s.Alive() {
+			h.log.Error("requests wait, and none is taken", "target", u.cfg.Target)
+			return false
+		}
+	}
+	return true
+}
+
+func (h *host) all() (list []*union) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	for _, u := range h.unions {
+		list = append(list, u)
+	}
+	return list
 }
 
 // rest starts to wait for the end, if there is nothing to do. mu is held.
@@ -142,7 +179,10 @@ func (h *host) call(c *keeper.Conn) {
 				err = errors.New("[bug] a mount needs a device and a configuration, once")
 				break
 			}
-			pending, ans.Repaired, err = h.open(*req.Config, fds[0], req.Devs)
+			if err = later(&req); err != nil {
+				break
+			}
+			pending, ans.Repaired, err = h.open(*req.Config, fds[0], req.Are)
 			fds = nil
 		case opMounted:
 			if pending == nil {
@@ -157,7 +197,15 @@ func (h *host) call(c *keeper.Conn) {
 		}
 		keeper.CloseAll(fds)
 		ans.Error = remote(err)
-		if c.Send(ans) != nil {
+		leave := req.Op == opReplace && err == nil
+		if leave {
+			h.leave(true) // so that who gets the answer calls the next one
+		}
+		lost := c.Send(ans) != nil
+		if leave {
+			h.makeRoom()
+		}
+		if lost {
 			if pending != nil {
 				pending.giveUp()
 			}
@@ -166,12 +214,20 @@ func (h *host) call(c *keeper.Conn) {
 	}
 }
 
+// later refuses a call that means more than this program knows.
+func later(req *request) error {
+	if req.Version > Version {
+		return fmt.Errorf("the helper knows calls of version %d, and this one has %d: %w", Version, req.Version, errnoLater)
+	}
+	return nil
+}
+
 // do answers all but mounts.
 func (h *host) do(req *request) (ans answer, err error) {
 	ctx := context.Background()
 	switch req.Op {
 	case opInfo, opRest:
-		ans.Info = &Info{Version: Version, PID: os.Getpid()}
+		ans.Info = &Info{Version: Version, PID: os.Getpid(), Keeper: h.w.Keeper()}
 		h.mu.Lock()
 		for _, u := range h.unions {
 			ans.Info.Mounts = append(ans.Info.Mounts, u.cfg.Target)
@@ -183,7 +239,7 @@ func (h *host) do(req *request) (ans answer, err error) {
 		h.wait(req.Target)
 		return ans, nil
 	case opReplace:
-		return ans, h.makeRoom(req.Argv)
+		return ans, h.next(req.Argv)
 	}
 	u := h.find(req.Target)
 	if u == nil {
@@ -199,7 +255,9 @@ func (h *host) do(req *request) (ans answer, err error) {
 	case opSync:
 		err = u.srv.Load().Sync(ctx)
 	case opInsert, opAppend, opModify, opDelete:
-		err = u.alter(req)
+		if err = later(req); err == nil {
+			err = u.alter(req)
+		}
 	default:
 		err = fmt.Errorf("call %q: %w", req.Op, unix.ENOSYS)
 	}
@@ -247,33 +305,51 @@ func (h *host) wait(target string) {
 
 const waitFor = 2 * time.Second
 
-// makeRoom ends this worker, so that the keeper starts another. Without a
-// keeper it goes on, since with it all mounts would end.
-func (h *host) makeRoom(argv []string) error {
-	if err := h.w.Next(argv); err != nil {
-		return err
-	}
-	// After the answer. What is being served then is served again.
-	time.AfterFunc(50*time.Millisecond, func() {
-		if h.w.Alone() { // since just now
-			h.log.Warn("replace", "err", keeper.ErrNoKeeper)
-			return
+// next makes the keeper run a program after this worker, if it can go on with
+// what is mounted. Without a keeper this worker goes on, since with it all mounts
+// would end.
+func (h *host) next(argv []string) error {
+	if len(argv) > 0 {
+		v, err := keeper.Version(context.Background(), argv, h.w.Dir())
+		if err != nil {
+			return err
 		}
+		if v < Version {
+			return fmt.Errorf("%s is an earlier program, of version %d: what is mounted has version %d and can only be unmounted before", argv[0], v, Version)
+		}
+	}
+	return h.w.Next(argv)
+}
+
+// makeRoom ends this worker, so that the keeper starts another. What is being
+// served is served again.
+func (h *host) makeRoom() {
+	if h.w.Followed() {
 		os.Exit(keeper.ExitNext)
-	})
-	return nil
+	}
+	h.log.Warn("replace", "err", keeper.ErrNoKeeper) // since just now
+	h.leave(false)
+}
+
+func (h *host) leave(leaving bool) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.leaving = leaving
 }
 
 // open opens the branches of a union that is to be mounted.
-func (h *host) open(cfg Config, dev int, devs []uint64) (_ *union, _ []Repaired, err error) {
+func (h *host) open(cfg Config, dev int, are []place) (_ *union, _ []Repaired, err error) {
 	u := &union{h: h, cfg: cfg, dev: dev, done: make(chan struct{})}
 	defer func() {
 		if err != nil {
 			unix.Close(dev)
 		}
 	}()
-	for _, d := range devs {
-		if err := h.foreign(d); err != nil {
+	if len(are) != len(cfg.Branches) {
+		return nil, nil, fmt.Errorf("[bug] %d places of %d branches", len(are), len(cfg.Branches))
+	}
+	for k, is := range are {
+		if err := h.permitted(cfg.Branches[k].Path, is); err != nil {
 			return nil, nil, err
 		}
 	}
@@ -304,6 +380,22 @@ func (h *host) foreign(dev uint64) error {
 		if u.conn != 0 && unix.Major(dev) == 0 && int(unix.Minor(dev)) == u.conn {
 			return fmt.Errorf("a branch on %s, which the same helper serves: %w", u.cfg.Target, unix.EINVAL)
 		}
+	}
+	return nil
+}
+
+// permitted refuses a branch that lies on a mount served here, and one that is
+// another directory for this process than for the client.
+func (h *host) permitted(path string, is place) error {
+	if err := h.foreign(is.Dev); err != nil {
+		return err
+	}
+	mine, err := placeOf(path)
+	if err != nil {
+		return fmt.Errorf("the helper does not see the branch: %w", err)
+	}
+	if mine != is {
+		return &os.PathError{Op: "branch", Path: path, Err: fmt.Errorf("the helper, which another process has started, sees another directory there: %w", unix.ESTALE)}
 	}
 	return nil
 }
@@ -411,6 +503,19 @@ func (u *union) store(state *os.File) error {
 	return u.h.w.Store(u.name, u.conn, append([]int{u.dev, int(state.Fd())}, u.locks...)...)
 }
 
+// hand gives the keeper all of a union that is served. The union itself comes
+// last, so that a worker finds it with its files or not at all.
+func (u *union) hand() error {
+	u.keeping.Lock()
+	defer u.keeping.Unlock()
+	s := u.srv.Load()
+	if u.ended || s == nil || u.st.Err() != nil { // which stateFailed has told
+		return nil
+	}
+	s.KeepAgain()
+	return u.st.Hand(u.store)
+}
+
 // storeLocks is store after the branches have changed.
 func (u *union) storeLocks() error {
 	locks, err := u.fs.Locks()
@@ -488,6 +593,9 @@ func (u *union) release(w *fusesrv.Watch) {
 	keeper.CloseAll(u.locks)
 	u.locks = nil
 	u.mu.Unlock()
+	u.keeping.Lock()
+	u.ended = true
+	u.keeping.Unlock()
 	if err := u.h.w.Drop(u.name); err != nil {
 		u.h.log.Warn("drop", "err", err)
 	}
@@ -517,9 +625,14 @@ func (u *union) alter(req *request) error {
 		if perm, err = unionfs.ParsePerm(req.Branch.Perm); err != nil {
 			return err
 		}
-		if err := u.h.foreign(req.Dev); req.Op != opModify && err != nil {
-			return err
+		if req.Op != opModify {
+			if err := u.h.permitted(req.Branch.Path, req.Is); err != nil {
+				return err
+			}
 		}
+	}
+	if req.Retry && u.altered(req, perm) {
+		return nil
 	}
 	s.DropIdle()
 	var rep []unionfs.Repaired
@@ -547,6 +660,21 @@ func (u *union) alter(req *request) error {
 	return errors.Join(u.setMeta(), u.storeLocks())
 }
 
+// altered reports whether a change of the branches was done already.
+func (u *union) altered(req *request, perm unionfs.Perm) bool {
+	list := u.fs.Branches()
+	at := slices.IndexFunc(list, func(b unionfs.BranchSpec) bool { return b.Path == req.Branch.Path })
+	switch req.Op {
+	case opDelete:
+		return at < 0
+	case opInsert:
+		return at >= 0 && at == req.At && list[at].Perm == perm
+	case opAppend:
+		return at >= 0 && at == len(list)-1 && list[at].Perm == perm
+	}
+	return false // done again it is the same
+}
+
 // resume goes on with what earlier workers served. What cannot go on is ended:
 // its users get ENOTCONN. An error is for a state that a later version made:
 // the keeper then runs the program that did.
@@ -562,6 +690,17 @@ func (h *host) resume(items []keeper.Item) error {
 		}
 		if len(it.FDs) == 1 {
 			kept[name][number(id)] = os.NewFile(uintptr(it.FDs[0]), "kept")
+		}
+	}
+	for name, files := range kept {
+		if !slices.ContainsFunc(items, func(it keeper.Item) bool { return it.Name == name }) {
+			// A keeper that was being given all did not get the rest.
+			for _, f := range files {
+				f.Close()
+			}
+			if err := h.w.Drop(name); err != nil {
+				return err
+			}
 		}
 	}
 	for _, it := range items {
@@ -593,7 +732,8 @@ func (h *host) resume(items []keeper.Item) error {
 	return nil
 }
 
-var errLater = errors.New("the state is of a later version")
+// errLater is fusesrv.ErrLaterState for what a union adds.
+var errLater = fusesrv.ErrLaterState
 
 // goOn goes on with one union. It takes over all descriptors.
 func (h *host) goOn(it keeper.Item, kept map[uint64]*os.File) (err error) {
@@ -621,11 +761,16 @@ func (h *host) goOn(it keeper.Item, kept map[uint64]*os.File) (err error) {
 		return err
 	}
 	var m meta
-	if err := keeper.Unmarshal(u.st.Meta(), &m); err != nil {
+	// The version alone first: the rest may be something else by then.
+	var v struct{ Version int }
+	if err := keeper.Unmarshal(u.st.Meta(), &v); err != nil {
 		return fmt.Errorf("state: %w", err)
 	}
-	if m.Version > Version {
-		return fmt.Errorf("%w: %d, and this is %d", errLater, m.Version, Version)
+	if v.Version > Version {
+		return fmt.Errorf("%w: %d, and this is %d", errLater, v.Version, Version)
+	}
+	if err := keeper.Unmarshal(u.st.Meta(), &m); err != nil {
+		return fmt.Errorf("state: %w", err)
 	}
 	u.cfg = m.Config
 	r := new(unionfs.Resume)

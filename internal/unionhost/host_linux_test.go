@@ -29,7 +29,22 @@ func stateOf(t *testing.T, blob []byte) (fd int) {
 	return fd
 }
 
-func blob(t *testing.T, m meta) []byte {
+// laterMeta is what a later version might have.
+type laterMeta struct{ Version, Config int }
+
+// laterState is a state that a later version of package fusesrv has made.
+func laterState(t *testing.T) int {
+	fd := stateOf(t, blob(t, meta{Version, Config{}}))
+	var head [8]byte
+	_, err := unix.Pread(fd, head[:], 0)
+	require.NoError(t, err)
+	head[7]++
+	_, err = unix.Pwrite(fd, head[:], 0)
+	require.NoError(t, err)
+	return fd
+}
+
+func blob(t *testing.T, m any) []byte {
 	t.Helper()
 	b, err := keeper.Marshal(m)
 	require.NoError(t, err)
@@ -55,6 +70,8 @@ func TestGoOnFails(t *testing.T) {
 		"empty state":    {empty, "a state of 0 bytes"},
 		"no blob":        {func(t *testing.T) int { return stateOf(t, nil) }, "state: "},
 		"later version":  {func(t *testing.T) int { return stateOf(t, blob(t, meta{Version + 1, missing})) }, errLater.Error()},
+		"later form":     {func(t *testing.T) int { return stateOf(t, blob(t, laterMeta{Version + 1, 3})) }, errLater.Error()},
+		"later state":    {laterState, errLater.Error()},
 		"no branch":      {func(t *testing.T) int { return stateOf(t, blob(t, meta{Version, missing})) }, "/nowhere/at/all"},
 		"watched branch": {func(t *testing.T) int { return stateOf(t, blob(t, meta{Version, watched})) }, "/nowhere/at/all"},
 	} {
@@ -75,6 +92,9 @@ func TestGoOnFails(t *testing.T) {
 			require.NoError(t, unix.Close(pipe[1]))
 			h := &host{log: slog.New(slog.DiscardHandler), unions: map[string]*union{}}
 			require.ErrorContains(t, h.goOn(it, kept), tc.err)
+			if h.hub != nil {
+				require.NoError(t, h.hub.Close())
+			}
 			n, err := unix.Read(pipe[0], make([]byte, 1))
 			assert.NoError(t, err, "something is still open")
 			assert.Zero(t, n)

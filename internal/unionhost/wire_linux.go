@@ -30,25 +30,36 @@ type Repaired struct{ Branch, Path, Action string }
 type Info struct {
 	Version int // of the calls; see Version
 	PID     int // of the worker
+	Keeper  int // of the process that starts another; 0 if there is none
 	Mounts  []string
 }
 
-// Version is that of the calls and of the state. A worker that is older than
-// its client is replaced.
+// Version is that of the calls and of the state. It is raised when an earlier
+// worker would misunderstand either. A worker that is older than its client is
+// replaced by the client's program; one that is older than what is mounted takes
+// nothing over.
 const Version = 1
 
 // request is a call.
 type request struct {
-	Op     string
+	Op      string
+	Version int // of the client
+	// Retry says that the call may have been done already, by a worker that was
+	// killed before it said so.
+	Retry  bool
 	Target string
 	Config *Config
 	At     int
 	Branch Branch
-	Dev    uint64   // of the branch
-	Devs   []uint64 // of the branches
+	Is     place   // of the branch
+	Are    []place // of the branches
 	Conn   int
 	Argv   []string
 }
+
+// place is which directory a path leads to, for whoever asks. It need not be the
+// same for somebody else.
+type place struct{ Dev, Ino uint64 }
 
 // answer is that of a call.
 type answer struct {
@@ -103,5 +114,8 @@ const (
 	opRest     = "rest"
 )
 
-// errnoNotServed is ErrNotServed on the wire.
-const errnoNotServed = syscall.ENXIO
+// Errors on the wire.
+const (
+	errnoNotServed = syscall.ENXIO           // ErrNotServed
+	errnoLater     = syscall.EPROTONOSUPPORT // the call is of a later version
+)
