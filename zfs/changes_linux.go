@@ -4,9 +4,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"iter"
 	"os"
 	"path/filepath"
+	"time"
 
 	"github.com/layerfs/layerfs"
 	"github.com/layerfs/layerfs/internal/lifecycle"
@@ -55,18 +57,8 @@ func (m *mechanism) nativeChanges(ctx context.Context, chain lifecycle.Chain, ba
 	}
 	suspects := newSuspect()
 	for i := range base {
-		changes, err := m.step(ctx, chain[i], chain[i+1].ID)
-		if err != nil {
-			if cause := context.Cause(ctx); cause != nil {
-				return nil, cause
-			}
-			return nil, decline(err)
-		}
-		if err := checkLinks(ctx, trees[i+1], trees[i], changes); err != nil {
+		if err := m.step(ctx, chain[i], chain[i+1].ID, trees[i], suspects); err != nil {
 			return nil, err
-		}
-		for _, c := range changes {
-			suspects.note(c)
 		}
 	}
 	return compareSuspects(ctx, trees[base], trees[0], suspects)
@@ -89,19 +81,85 @@ func (m *mechanism) walkAll(ctx context.Context, chain lifecycle.Chain, base int
 	return compareSuspects(ctx, older.Path, newer.Path, &suspect{named: true, whole: true})
 }
 
-// step asks zfs what a layer changes against its parent.
-func (m *mechanism) step(ctx context.Context, rec *lifecycle.Record, parent string) ([]change, error) {
-	id, origin := rec.ID, m.dataset(parent)+"@"+backendOf(rec).Snapshot
-	if backendOf(rec).Snapshot == "" {
-		// A clone of another layer gets that one's origin when it goes.
-		var err error
-		if origin, err = m.origin(ctx, id); err != nil {
-			return nil, err
-		}
-		if of, _, ok := splitSnapshot(origin); !ok || of != m.dataset(parent) {
-			return nil, fmt.Errorf("%s was cloned from %s, not from its parent", m.dataset(id), origin)
-		}
+// step notes what may differ between a layer, which is mounted at tree, and its
+// parent.
+//
+// zfs diff names what changed by one path, the one that leads from an object to
+// its parent, and that is not always enough. A file of several names has only
+// one parent, the directory where it was linked last; if that name went, it has
+// none, even if one other name is left, and zfs diff then says nothing of it or
+// something half (zfs_obj_to_pobj, module/os/linux/zfs/zfs_znode.c). The stream
+// of zfs send has all that changed, by inode number. What zfs diff does not
+// explain of that is looked for by reading the directories of the tree: a name
+// that came or went is in a directory that changed, which always has a path.
+func (m *mechanism) step(ctx context.Context, rec *lifecycle.Record, parent, tree string, suspects *suspect) error {
+	origin, err := m.originOfStep(ctx, rec, parent)
+	if err != nil {
+		return declineUnlessDone(ctx, err)
 	}
+	var (
+		lines   []change
+		objects map[uint64]bool
+		diffErr error
+	)
+	err = m.still(ctx, rec, func(full string) error {
+		done := make(chan struct{})
+		go func() {
+			defer close(done)
+			lines, diffErr = m.stepDiff(ctx, rec.ID, origin, full)
+		}()
+		var err error
+		objects, err = m.objectsChanged(ctx, rec, origin, full)
+		<-done
+		if says(diffErr, textMissing) {
+			return errors.Join(err, diffErr)
+		}
+		return err
+	})
+	if err != nil {
+		return declineUnlessDone(ctx, err)
+	}
+	if cause := context.Cause(ctx); cause != nil {
+		return cause
+	}
+	if diffErr != nil {
+		m.log.Debug("zfs diff is of no use", "layer", rec.ID, "reason", diffErr)
+	}
+	for _, c := range lines {
+		suspects.note(c)
+	}
+	if err := explain(tree, lines, objects); err != nil {
+		return err
+	}
+	return findObjects(ctx, tree, objects, func(path string) { suspects.note(change{kind: 'M', path: path}) })
+}
+
+// declineUnlessDone is for what fails before anything was compared.
+func declineUnlessDone(ctx context.Context, err error) error {
+	if cause := context.Cause(ctx); cause != nil {
+		return cause
+	}
+	return decline(err)
+}
+
+// originOfStep returns the snapshot of the parent that a layer was cloned from.
+func (m *mechanism) originOfStep(ctx context.Context, rec *lifecycle.Record, parent string) (string, error) {
+	if name := backendOf(rec).Snapshot; name != "" {
+		return m.dataset(parent) + "@" + name, nil
+	}
+	// A clone of another layer gets that one's origin when it goes.
+	origin, err := m.origin(ctx, rec.ID)
+	if err != nil {
+		return "", err
+	}
+	if of, _, ok := splitSnapshot(origin); !ok || of != m.dataset(parent) {
+		return "", fmt.Errorf("%s was cloned from %s, not from its parent", m.dataset(rec.ID), origin)
+	}
+	return origin, nil
+}
+
+// stepDiff runs zfs diff for two snapshots.
+func (m *mechanism) stepDiff(ctx context.Context, id, from, to string) ([]change, error) {
 	list, err := mount.Under("/")
 	if err != nil {
 		return nil, err
@@ -115,7 +173,56 @@ func (m *mechanism) step(ctx context.Context, rec *lifecycle.Record, parent stri
 			places = append(places, info.Mountpoint)
 		}
 	}
-	return m.diff(ctx, origin, m.dataset(id), places)
+	return m.diff(ctx, from, to, places)
+}
+
+// objectsChanged returns the inode numbers of what changed between two
+// snapshots of a layer. They come in blocks, with neighbours that did not change:
+// these are left out if their change time tells.
+func (m *mechanism) objectsChanged(ctx context.Context, rec *lifecycle.Record, from, to string) (map[uint64]bool, error) {
+	const slack = time.Second // costs no more than a neighbour that is looked at
+	since := m.dir.Reliable(rec.Copied)
+	if !since.IsZero() {
+		since = since.Add(-slack)
+	}
+	objects := make(map[uint64]bool)
+	// As the blocks are stored: nobody reads them.
+	err := m.sendSnapshot(ctx, from, to, []string{"-c", "-L", "-e"}, func(r io.Reader) error {
+		return readObjects(r, func(o object) {
+			if at, ok := o.changed(); o.visible() && !(ok && at.Before(since)) {
+				objects[o.number] = true
+			}
+		})
+	})
+	return objects, err
+}
+
+// explain takes those objects out of which zfs diff names all paths in the tree:
+// directories, and files of one name.
+func explain(tree string, lines []change, objects map[uint64]bool) error {
+	if len(lines) == 0 {
+		return nil
+	}
+	root, err := os.OpenRoot(tree)
+	if err != nil {
+		return err
+	}
+	defer root.Close()
+	for _, c := range lines {
+		path := owner(c.path)
+		if c.kind == 'R' {
+			path = owner(c.to)
+		}
+		p, err := placeOf(root, path)
+		if err != nil {
+			continue // deleted, or what zfs diff tells of the path is wrong
+		}
+		if p.isDir() || p.st.Nlink == 1 {
+			delete(objects, p.st.Ino)
+		}
+		p.close()
+	}
+	return nil
 }
 
 // origin returns the snapshot that a layer's dataset is a clone of, or "-".
@@ -128,25 +235,6 @@ func (m *mechanism) origin(ctx context.Context, id string) (string, error) {
 		return "", fmt.Errorf("zfs printed %d origins", len(rows))
 	}
 	return rows[0][0], nil
-}
-
-// checkLinks declines if a file with several names was modified: zfs knows it
-// by one of them only. Names that came or went are found in their directories.
-func checkLinks(ctx context.Context, oldTree, newTree string, changes []change) error {
-	older, err := openTrees(oldTree, newTree)
-	if err != nil {
-		return err
-	}
-	defer older.close()
-	for _, c := range changes {
-		if err := context.Cause(ctx); err != nil {
-			return err
-		}
-		if err := older.checkLink(ctx, c); err != nil {
-			return err
-		}
-	}
-	return nil
 }
 
 // trees are two directories between which nothing escapes.
@@ -168,38 +256,6 @@ func openTrees(older, newer string) (*trees, error) {
 func (t *trees) close() {
 	t.older.Close()
 	t.newer.Close()
-}
-
-func (t *trees) checkLink(ctx context.Context, c change) error {
-	oldPath, newPath := owner(c.path), owner(c.path)
-	if c.kind == 'R' {
-		newPath = owner(c.to)
-	}
-	var a, b *place
-	var err error
-	if c.kind != '+' {
-		if a, err = placeOf(t.older, oldPath); err != nil {
-			return decline(fmt.Errorf("%v: %w", c, err))
-		}
-		defer a.close()
-	}
-	if c.kind != '-' {
-		if b, err = placeOf(t.newer, newPath); err != nil {
-			return decline(fmt.Errorf("%v: %w", c, err))
-		}
-		defer b.close()
-	}
-	if a == nil || b == nil || a.isDir() && b.isDir() || a.st.Nlink < 2 && b.st.Nlink < 2 {
-		return nil
-	}
-	differ, err := differs(ctx, a, b)
-	if err != nil {
-		return err
-	}
-	if differ {
-		return decline(fmt.Errorf("%v: a file of several names was modified", c))
-	}
-	return nil
 }
 
 // placeOf looks a path up that is clean and absolute in the tree.

@@ -15,13 +15,14 @@
 //	                             for deferred destruction, so it goes with the
 //	                             last of them. HASH is of the first child's id
 //	PARENT/ID@layerfs-now-RANDOM
-//	                             for as long as Send or BlockDiff reads ID
+//	                             for as long as Changes, Send or BlockDiff reads
+//	                             ID
 //	ROOT/zfs/graph/ID            where Get mounts a layer
 //	ROOT/zfs/.layerfs            records, locks
 //	ROOT/zfs/.layerfs/zfs.json   the parent dataset and the mark of this root
 //	ROOT/zfs/.layerfs/views      private mounts for Diff and Changes, and notes
-//	                             that name the snapshots of Send and BlockDiff;
-//	                             one directory for each open driver
+//	                             that name the snapshots of Changes, Send and
+//	                             BlockDiff; one directory for each open driver
 //	ROOT/zfs/.layerfs/received/ID
 //	                             the snapshot that ID was received as, until
 //	                             the layer is written
@@ -40,9 +41,14 @@
 // # Changes
 //
 // Where zfs diff works it names what may have changed, and only that is
-// compared in both trees; the result is that of a walk through both. Modified
-// files with several names are the one thing it cannot tell, because it knows
-// a file by one name: such a layer is walked.
+// compared in both trees; the result is that of a walk through both.
+//
+// zfs diff knows a file by at most one name, and by none if the name that was
+// linked last went. So the changed objects of "zfs send -i" are read too, and
+// those that zfs diff does not explain are looked for by their inode numbers in
+// the directories of the newer tree, without looking at files. Changes thus costs
+// four calls, or two if the layer has a child, and reads from the pool what was
+// written to the layer.
 //
 // # Streams
 //

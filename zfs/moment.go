@@ -95,18 +95,25 @@ func (m *mechanism) since(chain lifecycle.Chain, base int) string {
 // sending runs "zfs send" of a pinned layer and calls read with what it writes.
 // from is a snapshot of an ancestor, or empty.
 func (m *mechanism) sending(ctx context.Context, rec *lifecycle.Record, from string, flags []string, read func(io.Reader) error) error {
+	return m.still(ctx, rec, func(full string) error { return m.sendSnapshot(ctx, from, full, flags, read) })
+}
+
+// still calls fn with a snapshot that shows a pinned layer as it is. If fn's
+// error says that the snapshot does not exist, it is called once more with
+// another.
+func (m *mechanism) still(ctx context.Context, rec *lifecycle.Record, fn func(full string) error) error {
 	if full := m.lasting(rec); full != "" {
-		err := m.sendSnapshot(ctx, from, full, flags, read)
+		err := fn(full)
 		if !says(err, textMissing) {
 			return err
 		}
-		// Its last child went since, and nothing was sent.
+		// Its last child went since.
 	}
 	full, release, err := m.moment(ctx, rec)
 	if err != nil {
 		return err
 	}
-	return errors.Join(m.sendSnapshot(ctx, from, full, flags, read), release())
+	return errors.Join(fn(full), release())
 }
 
 func (m *mechanism) sendSnapshot(ctx context.Context, from, full string, flags []string, read func(io.Reader) error) error {

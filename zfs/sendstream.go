@@ -8,6 +8,7 @@ import (
 	"io"
 	"math"
 	"slices"
+	"time"
 
 	"github.com/layerfs/layerfs"
 )
@@ -85,6 +86,17 @@ type extent struct {
 // readStream calls fn for the extents of a stream, in its order. What is no
 // content of a file (directories, attributes) comes too, under other objects.
 func readStream(r io.Reader, fn func(extent) error) error {
+	return readRecords(r, func(_ binary.ByteOrder, _, _ []byte, e extent) error {
+		if e.end <= e.off {
+			return nil
+		}
+		return fn(e)
+	})
+}
+
+// readRecords calls fn for the records of a stream, each with the beginning of
+// its payload and the extent it sets.
+func readRecords(r io.Reader, fn func(order binary.ByteOrder, rec, payload []byte, e extent) error) error {
 	br := bufio.NewReaderSize(r, 256<<10)
 	rec := make([]byte, recordSize)
 	if _, err := io.ReadFull(br, rec); err != nil {
@@ -105,10 +117,12 @@ func readStream(r io.Reader, fn func(extent) error) error {
 		if err != nil {
 			return err
 		}
-		if e.end > e.off {
-			if err := fn(e); err != nil {
-				return err
-			}
+		head, err := br.Peek(int(min(payload, bonusHead)))
+		if err != nil {
+			return torn(err)
+		}
+		if err := fn(h.order, rec, head, e); err != nil {
+			return err
 		}
 		if h.order.Uint32(rec) == recEnd {
 			_, err := io.Copy(io.Discard, br) // nothing, but the writer must see its end
@@ -118,6 +132,58 @@ func readStream(r io.Reader, fn func(extent) error) error {
 			return err
 		}
 	}
+}
+
+// object is a file of any type, or something else that a file system keeps in
+// an object: a record of the kind recObject.
+type object struct {
+	number uint64
+	kind   uint32 // dmu_object_type_t
+	order  binary.ByteOrder
+	bonus  []byte // the beginning of its attributes
+}
+
+// bonusHead is how much is looked at of a payload.
+const bonusHead = 256
+
+// readObjects calls fn for the objects of a stream, which are those that changed
+// and their neighbours in the same blocks. What fn gets lasts as long as the
+// call.
+func readObjects(r io.Reader, fn func(object)) error {
+	return readRecords(r, func(order binary.ByteOrder, rec, payload []byte, _ extent) error {
+		if order.Uint32(rec) == recObject {
+			fn(object{number: order.Uint64(rec[8:]), kind: order.Uint32(rec[16:]), order: order, bonus: payload})
+		}
+		return nil
+	})
+}
+
+// visible reports whether the object can have names: DMU_OT_PLAIN_FILE_CONTENTS
+// is all that is no directory, DMU_OT_DIRECTORY_CONTENTS (zfs_mknode,
+// module/os/linux/zfs/zfs_znode.c).
+func (o object) visible() bool { return o.kind == 19 || o.kind == 20 }
+
+// changed returns the change time of a file; ok is false if the attributes are
+// not of the form that is known.
+//
+// They are a header, whose size is the upper six bits of a word (SA_HDR_SIZE,
+// include/sys/sa_impl.h), and values in the order in which zfs_mknode sets
+// them: mode, size, gen, uid, gid, parent, flags, and four times of sixteen bytes,
+// of which the change time is the third. What is added later comes behind.
+func (o object) changed() (at time.Time, ok bool) {
+	const magic, minHeader, where = 0x2F505A, 8, 7*8 + 2*16
+	if len(o.bonus) < minHeader || o.order.Uint32(o.bonus) != magic {
+		return at, false
+	}
+	header := int(o.order.Uint16(o.bonus[4:])>>10) << 3
+	if header < minHeader || len(o.bonus) < header+where+16 {
+		return at, false
+	}
+	sec, nsec := o.order.Uint64(o.bonus[header+where:]), o.order.Uint64(o.bonus[header+where+8:])
+	if sec > math.MaxInt32<<8 || nsec >= 1e9 {
+		return at, false
+	}
+	return time.Unix(int64(sec), int64(nsec)), true
 }
 
 func torn(err error) error {

@@ -7,6 +7,7 @@ import (
 	"math"
 	"os"
 	"testing"
+	"time"
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
@@ -105,6 +106,63 @@ func TestReadStreamRefuses(t *testing.T) {
 	require.ErrorIs(t, readStream(bytes.NewReader(whole), func(extent) error { return io.ErrClosedPipe }), io.ErrClosedPipe)
 }
 
+// bonus is the attributes of a file as zfs_mknode sets them, with values that
+// tell where they are, and the change time.
+func bonus(order binary.ByteOrder, magic uint32, header int, sec, nsec uint64) []byte {
+	b := make([]byte, header+16*8)
+	order.PutUint32(b, magic)
+	order.PutUint16(b[4:], uint16(header>>3<<10|2))
+	for i := range 16 {
+		order.PutUint64(b[header+i*8:], uint64(1000+i))
+	}
+	order.PutUint64(b[header+11*8:], sec)
+	order.PutUint64(b[header+12*8:], nsec)
+	return b
+}
+
+func TestReadObjects(t *testing.T) {
+	const magic = 0x2F505A
+	for _, order := range []binary.ByteOrder{binary.LittleEndian, binary.BigEndian} {
+		obj := func(number uint64, kind uint32, b []byte) []byte {
+			return append(record(order, recObject, map[int]any{0: number, 8: kind, 20: uint32(len(b))}, 0), b...)
+		}
+		data := bytes.Join([][]byte{
+			begin(order, 5),
+			obj(1, 21, nil), // DMU_OT_MASTER_NODE
+			obj(34, 20, bonus(order, magic, 8, 1700000000, 5)),
+			record(order, recWrite, map[int]any{0: uint64(34), 24: uint64(4096)}, 4096),
+			obj(35, 19, bonus(order, magic, 16, 1700000001, 999999999)),
+			obj(36, 19, bonus(order, magic+1, 8, 1700000001, 0)),
+			obj(37, 19, bonus(order, magic, 8, 1700000001, 1e9)),
+			obj(38, 19, bonus(order, magic, 8, math.MaxUint64, 0)),
+			obj(39, 19, bonus(order, magic, 8, 1, 1)[:104]),
+			obj(40, 19, bonus(order, magic, 504, 1, 1)),
+			record(order, recEnd, nil, 0),
+		}, nil)
+		type seen struct {
+			number  uint64
+			visible bool
+			at      time.Time
+		}
+		var got []seen
+		require.NoError(t, readObjects(bytes.NewReader(data), func(o object) {
+			at, ok := o.changed()
+			assert.Equal(t, ok, !at.IsZero())
+			got = append(got, seen{o.number, o.visible(), at})
+		}))
+		assert.Equal(t, []seen{
+			{1, false, time.Time{}},
+			{34, true, time.Unix(1700000000, 5)},
+			{35, true, time.Unix(1700000001, 999999999)},
+			{36, true, time.Time{}},
+			{37, true, time.Time{}},
+			{38, true, time.Time{}},
+			{39, true, time.Time{}},
+			{40, true, time.Time{}},
+		}, got)
+	}
+}
+
 // TestGoldenStream reads what zfs-fuse 0.7 wrote: see testdata/README.
 func TestGoldenStream(t *testing.T) {
 	f, err := os.Open("testdata/zfs-fuse-0.7.stream")
@@ -122,6 +180,19 @@ func TestGoldenStream(t *testing.T) {
 		sizes = append(sizes, n)
 	}
 	assert.Contains(t, sizes, int64(2048), "the file of 1,600 bytes takes four blocks of 512")
+
+	_, err = f.Seek(0, io.SeekStart)
+	require.NoError(t, err)
+	require.NoError(t, readObjects(f, func(o object) {
+		if o.visible() {
+			delete(bytesOf, o.number)
+		}
+	}))
+	sizes = sizes[:0]
+	for _, n := range bytesOf {
+		sizes = append(sizes, n)
+	}
+	assert.NotContains(t, sizes, int64(2048), "the file is no visible object")
 }
 
 func TestRanges(t *testing.T) {
@@ -164,6 +235,7 @@ func FuzzReadStream(f *testing.F) {
 			of[e.object].add(e)
 			return nil
 		})
+		_ = readObjects(bytes.NewReader(data), func(o object) { o.changed() })
 		for _, s := range of {
 			at := int64(0)
 			for _, r := range s.ranges("", 1<<20, 1<<19) {
