@@ -4,6 +4,7 @@ import (
 	"errors"
 	"io/fs"
 	"math/bits"
+	"os"
 	"slices"
 	"strings"
 
@@ -132,21 +133,32 @@ func (d *Dir) HadChildren(id string) (has, ever bool, err error) {
 
 // isChild reports whether a layer is a child of id, or may become one.
 func (d *Dir) isChild(id, child string) (bool, error) {
-	for range 2 {
-		rec, err := d.Load(child)
-		if err == nil {
-			return rec.Parent == id, nil
-		}
-		if !errors.Is(err, layerfs.ErrNotExist) {
-			return true, nil // unreadable, but there
-		}
-		busy, err := d.busy(child)
-		if err != nil || busy {
-			return busy, err
-		}
-		// It may have got its record between the two looks.
+	is, there, err := d.names(child, id)
+	if there || err != nil {
+		return is, err
 	}
-	return false, nil
+	busy, err := d.busy(child)
+	if busy || err != nil {
+		return busy, err
+	}
+	// It may have got its record between the two looks.
+	is, _, err = d.names(child, id)
+	return is, err
+}
+
+// names reports whether the record of a layer names a parent, and whether there
+// is a record.
+func (d *Dir) names(child, parent string) (is, there bool, err error) {
+	rec, err := d.Load(child)
+	switch {
+	case err == nil:
+		return rec.Parent == parent, true, nil
+	case errors.Is(err, layerfs.ErrNotExist):
+		return false, false, nil
+	case errors.Is(err, os.ErrClosed):
+		return false, false, err
+	}
+	return true, true, nil // unreadable, but there
 }
 
 // busy reports whether somebody holds the lock of a layer.

@@ -179,6 +179,9 @@ func (s state) before(t time.Time) bool {
 	return time.Unix(s.changed.Unix()).Before(t) && time.Unix(s.entered.Unix()).Before(t)
 }
 
+// fine reports whether the times are not of whole seconds.
+func (s state) fine() bool { return s.changed.Nsec != 0 && s.entered.Nsec != 0 }
+
 func (f folder) state() (state, bool) {
 	var st unix.Stat_t
 	if err := unix.Fstat(f.fd, &st); err != nil {

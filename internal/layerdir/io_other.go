@@ -83,6 +83,8 @@ type state struct{}
 
 func (state) before(time.Time) bool { return false }
 
+func (state) fine() bool { return false }
+
 func (f folder) state() (state, bool) { return state{}, false }
 
 func (f folder) few(int) map[string]bool { return nil }

@@ -11,7 +11,7 @@ import (
 //
 // It remembers the names for as long as the directory's times stay the same.
 type listing struct {
-	settle time.Duration // how old a change must be to count as the last one
+	settle time.Duration // how old a change must be to count as the last one, where times are whole seconds
 	mu     sync.Mutex
 	state  state           // guarded by mu: of the directory, as last seen
 	read   bool            // guarded by mu: the names were read, or are too many
@@ -25,9 +25,12 @@ const (
 	// settled is more than the granularity of a file system's times: a
 	// directory changed less than that before its names were read may have
 	// been changed since without its times showing it. ext4 with inodes of 128
-	// bytes, and ext2, keep whole seconds, and FAT every second one; all others
-	// at least the clock interrupt, which a busy guest may get late.
+	// bytes, and ext2, keep whole seconds, and FAT every second one.
 	settled = 3 * time.Second
+
+	// tick is that of file systems that keep parts of a second: at most 10 ms
+	// (exFAT) beside the clock interrupt, and that is the clock asked (wall).
+	tick = 50 * time.Millisecond
 )
 
 // lacks reports whether it is certain that a name is not in the folder.
@@ -41,7 +44,11 @@ func (l *listing) lacks(f *folder, name string) bool {
 	if l.state != at {
 		l.state, l.read, l.names = at, false, nil
 	}
-	if !l.read && at.before(time.Now().Add(-l.settle)) {
+	settle := l.settle
+	if at.fine() {
+		settle = min(settle, tick)
+	}
+	if !l.read && at.before(wall().Add(-settle)) {
 		// What is read may be newer than the times that were looked at; those
 		// are other ones then the next time.
 		l.read = true

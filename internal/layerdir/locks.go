@@ -105,34 +105,37 @@ func (l *Locks) Lock(ctx context.Context, ids ...string) (unlock func(), err err
 	// Sorted by place rather than by id would do as well; what matters is
 	// that every process uses one order, and keylock's is by id.
 	order := sorted(ids)
-	for i, id := range order {
-		if err := l.lock(ctx, id); err != nil {
-			for _, id := range order[:i] {
-				l.file.unlock(place(id)+int64(mutate), 1)
-			}
-			release()
+	at := make([]int64, 0, 2)
+	free := func() {
+		for _, p := range at {
+			l.file.unlock(p, 1)
+		}
+		release()
+	}
+	for _, id := range order {
+		p := place(id) + int64(mutate)
+		if err := l.lock(ctx, p); err != nil {
+			free()
 			return nil, err
 		}
+		at = append(at, p)
 	}
 	var done atomic.Bool
 	return func() {
 		if done.Swap(true) {
 			return
 		}
-		for _, id := range order {
-			l.file.unlock(place(id)+int64(mutate), 1)
-		}
-		release()
+		free()
 		l.unuse()
 	}, nil
 }
 
 // lock polls: a blocking lock call cannot be given up when ctx is done. Only
 // another process can make it wait, since keylock was taken before.
-func (l *Locks) lock(ctx context.Context, id string) error {
+func (l *Locks) lock(ctx context.Context, at int64) error {
 	const longest = 20 * time.Millisecond // a compromise of latency and idle wake-ups
 	for wait := 50 * time.Microsecond; ; wait = min(2*wait, longest) {
-		ok, err := l.file.tryLock(place(id)+int64(mutate), 1, true)
+		ok, err := l.file.tryLock(at, 1, true)
 		if err != nil || ok {
 			return err
 		}
