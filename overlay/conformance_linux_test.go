@@ -54,9 +54,6 @@ func united() drivertest.Harness {
 	delete(h.Deviates, "HardLinkCounts") // whose layers change no file with several names
 	h.Deviates["RenameLowerDirectory"] = "EXDEV without redirect_dir, overlayfs.rst"
 	h.Deviates["OpenFileSeesWrites"] = "a file opened before its copy-up keeps the old content while data is passed through, package union"
-	h.Skip = map[string]string{
-		"KilledWorker": "a mount program whose caller was killed may mount after the next caller has looked for mounts, which nobody then takes down",
-	}
 	return h
 }
 

@@ -8,6 +8,7 @@ import (
 	"strings"
 
 	"github.com/layerfs/layerfs"
+	"github.com/layerfs/layerfs/internal/overlaymount/ask"
 )
 
 // Options are the options of [New]. The zero value, and nil, are the defaults.
@@ -54,21 +55,24 @@ type Options struct {
 	// called as "PROGRAM -o OPTIONS TARGET" and must write overlayfs's form,
 	// or AUFS's where it cannot make devices.
 	//
-	// A program of the name layerfs is called as "layerfs mount-overlay -o
-	// OPTIONS TARGET". It is the engine of package union, which needs
-	// /dev/fuse and CAP_SYS_ADMIN, always writes overlayfs's form, and keeps
-	// names that begin with ".wh..wh." for itself: in the tree they cannot be
-	// made, and are not seen. It serves each mount from a process of its own,
-	// which ends with the mount.
+	// A program of the name layerfs, and what Main of package
+	// github.com/layerfs/layerfs/overlay/union returns, which is this very
+	// program, is the engine of package union. It serves what this process
+	// mounts, which needs /dev/fuse and CAP_SYS_ADMIN. It always writes
+	// overlayfs's form, and keeps names that begin with ".wh..wh." for itself:
+	// in the tree they cannot be made, and are not seen. It serves each mount
+	// from a process of its own, which ends with the mount.
 	//
-	// A program whose caller is killed while it mounts may be done after the
-	// next caller has looked for mounts. The layer then stays in use until
-	// somebody unmounts it by hand.
+	// Any other program whose caller is killed while it mounts may be done
+	// after the next caller has looked for mounts. The layer then stays in use
+	// until somebody unmounts it by hand.
 	MountProgram string
 }
 
 // union reports whether the mount program is that of package union.
-func (o *Options) union() bool { return filepath.Base(o.MountProgram) == "layerfs" }
+func (o *Options) union() bool {
+	return o.MountProgram == ask.Self || filepath.Base(o.MountProgram) == "layerfs"
+}
 
 // validate returns all that is wrong with the options themselves.
 func (o *Options) validate() error {

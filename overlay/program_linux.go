@@ -9,7 +9,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"slices"
 	"strings"
 	"time"
 
@@ -18,6 +17,7 @@ import (
 	"github.com/layerfs/layerfs"
 	"github.com/layerfs/layerfs/internal/lifecycle"
 	"github.com/layerfs/layerfs/internal/mount"
+	"github.com/layerfs/layerfs/internal/overlaymount/ask"
 )
 
 func checkProgram(path string) error {
@@ -28,7 +28,7 @@ func checkProgram(path string) error {
 }
 
 // runProgram mounts by the mount program, which goes to the background when
-// the mount is there.
+// the mount is there. That of package union serves what this process mounts.
 func (m *mechanism) runProgram(ctx context.Context, plan *mount.Overlay, target string) error {
 	if err := plan.Validate(); err != nil {
 		return err
@@ -38,10 +38,17 @@ func (m *mechanism) runProgram(ctx context.Context, plan *mount.Overlay, target 
 		options = append(options, "ro")
 	}
 	args := []string{"-o", strings.Join(options, ","), target}
-	if m.opts.union() {
-		args = slices.Insert(args, 0, "mount-overlay")
+	if !m.opts.union() {
+		return run(ctx, m.opts.MountProgram, args...)
 	}
-	return run(ctx, m.opts.MountProgram, args...)
+	p, err := ask.Parse(args)
+	if err == nil {
+		err = ask.Mount(ctx, m.opts.MountProgram, p)
+	}
+	if err != nil {
+		err = fmt.Errorf("mount program %s: %w", m.opts.MountProgram, err)
+	}
+	return err
 }
 
 // released waits until package union has let a layer go after it was unmounted:

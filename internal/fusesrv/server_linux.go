@@ -249,30 +249,35 @@ func OpenDevice() (int, error) {
 // MountDevice mounts a device on cfg.Target as the fields of cfg say that are
 // not about serving. Whoever uses the mount waits until somebody serves it.
 func MountDevice(fd int, cfg *Config) error {
-	flags := uintptr(0)
+	source, fstype, flags, data := cfg.MountCall(fd)
+	if err := unix.Mount(source, cfg.Target, fstype, flags, data); err != nil {
+		return &os.PathError{Op: "mount", Path: cfg.Target, Err: err}
+	}
+	return nil
+}
+
+// MountCall returns the arguments of mount(2) for MountDevice.
+func (c *Config) MountCall(fd int) (source, fstype string, flags uintptr, data string) {
 	for _, f := range []struct {
 		on  bool
 		bit uintptr
-	}{{cfg.ReadOnly, unix.MS_RDONLY}, {cfg.NoSuid, unix.MS_NOSUID}, {cfg.NoDev, unix.MS_NODEV}, {cfg.NoExec, unix.MS_NOEXEC}} {
+	}{{c.ReadOnly, unix.MS_RDONLY}, {c.NoSuid, unix.MS_NOSUID}, {c.NoDev, unix.MS_NODEV}, {c.NoExec, unix.MS_NOEXEC}} {
 		if f.on {
 			flags |= f.bit
 		}
 	}
-	data := []string{
+	options := []string{
 		fmt.Sprintf("fd=%d", fd), "rootmode=40000", fmt.Sprintf("user_id=%d", os.Geteuid()), fmt.Sprintf("group_id=%d", os.Getegid()),
-		"default_permissions", fmt.Sprintf("max_read=%d", cfg.maxWrite()),
+		"default_permissions", fmt.Sprintf("max_read=%d", c.maxWrite()),
 	}
-	if !cfg.Private {
-		data = append(data, "allow_other")
+	if !c.Private {
+		options = append(options, "allow_other")
 	}
-	source := cfg.Source
+	source = c.Source
 	if source == "" {
 		source = "union"
 	}
-	if err := unix.Mount(source, cfg.Target, "fuse.layerfs", flags, strings.Join(data, ",")); err != nil {
-		return &os.PathError{Op: "mount", Path: cfg.Target, Err: err}
-	}
-	return nil
+	return source, "fuse.layerfs", flags, strings.Join(options, ",")
 }
 
 // attach opens /dev/fuse and mounts.

@@ -3,8 +3,10 @@
 //
 //	layerfs mount-overlay -o lowerdir=B:A,upperdir=U,workdir=W[,OPTION…] TARGET
 //
-// The tree is merged by package union and served over FUSE by a process of its
-// own, which ends with the mount; the command ends when the mount is there.
+// The tree is merged by the engine of package union and served over FUSE by a
+// process of its own, which ends with the mount; the command ends when the mount
+// is there. Package overlay does not use that command, but mounts itself: see
+// package ask.
 //
 // # Options
 //

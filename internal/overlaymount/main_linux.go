@@ -5,7 +5,6 @@ import (
 	"encoding/gob"
 	"errors"
 	"fmt"
-	"io"
 	"os"
 	"os/exec"
 	"syscall"
@@ -13,141 +12,160 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/layerfs/layerfs/union"
+	"github.com/layerfs/layerfs/internal/fusesrv"
+	"github.com/layerfs/layerfs/internal/overlaymount/ask"
+	"github.com/layerfs/layerfs/internal/unionfs"
 )
 
-// The commands, each the first argument of the program.
-const (
-	command = "mount-overlay"
-	server  = command + "-serve" // started by the other one
-)
-
-// self is the program that runs, even if its file was replaced or removed.
-const self = "/proc/self/exe"
-
-// answerFD is the descriptor that a server answers on: a broken pipe on one of
-// the first three would end it, see package os/signal.
-const answerFD = 3
-
-// answer is what a server says once.
-type answer struct{ Error string }
+// command is the first argument of the program when it is called by hand.
+const command = "mount-overlay"
 
 // Main is what the program does, and must be called first thing in main. It
-// returns false if the arguments are not those of the command. Else the program
-// has played its part, with the given exit status: 2 for wrong usage.
+// returns false if the arguments are not those of one of its commands. Else the
+// program has played its part, with the given exit status: 2 for wrong usage.
 func Main(args []string) (status int, program bool) {
 	if len(args) < 2 {
 		return 0, false
 	}
+	var err error
 	switch args[1] {
-	case server:
-		if err := serve(); err != nil {
-			return 1, true
-		}
-		return 0, true
+	case ask.Start:
+		err = start(args)
+	case ask.Serve:
+		err = serve()
 	case command:
+		var p *ask.Plan
+		if p, err = ask.Parse(args[2:]); err != nil {
+			status = 2
+		} else {
+			err = ask.Mount(context.Background(), ask.Self, p)
+		}
 	default:
 		return 0, false
 	}
-	p, err := parse(args[2:])
 	if err != nil {
-		status = 2
-	} else if err = start(p); err != nil {
-		status = 1
-	}
-	if err != nil {
-		fmt.Fprintf(os.Stderr, "layerfs: %s: %v\n", command, err)
+		fmt.Fprintf(os.Stderr, "layerfs: %s: %v\n", args[1], err)
+		status = max(status, 1)
 	}
 	return status, true
 }
 
-// start runs a server and returns when the mount is there.
-func start(p *plan) (err error) {
-	if err := p.absolute(); err != nil {
-		return err
+// start runs the server, so that it is no child of the caller's.
+func start(args []string) error {
+	if len(args) != 3 {
+		return errors.New("the argument is the target")
+	}
+	var files []*os.File
+	for _, fd := range []int{ask.ConnFD, ask.DeviceFD} {
+		f := os.NewFile(uintptr(fd), "inherited")
+		if f == nil {
+			return os.ErrInvalid
+		}
+		unix.CloseOnExec(fd)
+		files = append(files, f)
 	}
 	cmd := &exec.Cmd{
-		Path: self, Args: []string{os.Args[0], server, p.Target}, Dir: "/",
-		SysProcAttr: &syscall.SysProcAttr{Setsid: true},
+		Path: ask.Self, Args: []string{os.Args[0], ask.Serve, args[2]}, Dir: "/",
+		ExtraFiles: files, SysProcAttr: &syscall.SysProcAttr{Setsid: true},
 	}
-	in, err := cmd.StdinPipe()
-	if err != nil {
+	if err := cmd.Start(); err != nil {
 		return err
-	}
-	r, w, err := os.Pipe()
-	if err != nil {
-		return errors.Join(err, in.Close())
-	}
-	defer r.Close()
-	cmd.ExtraFiles = []*os.File{w}
-	err = cmd.Start()
-	w.Close()
-	if err != nil {
-		return err
-	}
-	err = gob.NewEncoder(in).Encode(p)
-	if err = errors.Join(err, in.Close()); err != nil {
-		return errors.Join(err, cmd.Process.Kill(), cmd.Wait())
-	}
-	var a answer
-	if err := gob.NewDecoder(r).Decode(&a); err != nil {
-		// It ended, as it holds the other end until then.
-		return errors.Join(errors.New("the server gave no answer"), err, cmd.Wait())
-	}
-	if a.Error != "" {
-		return errors.Join(errors.New(a.Error), ignoreExit(cmd.Wait()))
 	}
 	return cmd.Process.Release()
 }
 
-// ignoreExit is for a process that has told its error.
-func ignoreExit(err error) error {
-	if exit := (*exec.ExitError)(nil); errors.As(err, &exit) {
-		return nil
-	}
-	return err
-}
-
-// serve mounts what standard input has, says so, and returns when the mount is
-// gone.
+// serve opens what the caller asks for, serves it when that has mounted it, and
+// returns when the mount is gone.
 func serve() error {
-	out := os.NewFile(answerFD, "answer")
-	if out == nil {
+	conn := os.NewFile(ask.ConnFD, "caller")
+	if conn == nil {
 		return os.ErrInvalid
 	}
-	unix.CloseOnExec(answerFD)
-	h, err := mountPlan(os.Stdin)
-	var a answer
-	if err != nil {
-		a.Error = err.Error()
+	for _, fd := range []int{ask.ConnFD, ask.DeviceFD} {
+		unix.CloseOnExec(fd)
 	}
-	werr := errors.Join(gob.NewEncoder(out).Encode(a), out.Close())
-	if err != nil {
+	// For the server's poller; the caller's end may block.
+	if err := unix.SetNonblock(ask.DeviceFD, true); err != nil {
+		return os.NewSyscallError("fcntl", err)
+	}
+	in, out := gob.NewDecoder(conn), gob.NewEncoder(conn)
+	var req ask.Request
+	if err := in.Decode(&req); err != nil {
 		return err
 	}
-	if werr != nil {
-		// Whoever wanted the mount has gone, and does not know that it is there.
-		werr = errors.Join(werr, h.Detach(context.Background()))
+	fs, err := open(&req.Plan)
+	if err != nil {
+		return errors.Join(err, out.Encode(ask.Answer{Error: err.Error()}))
 	}
-	<-h.Done()
-	return werr
+	srv, err := mounted(in, out, &req, fs)
+	if err != nil {
+		return errors.Join(err, fs.Close())
+	}
+	if err := conn.Close(); err != nil {
+		return err
+	}
+	<-srv.Done()
+	return errors.Join(fs.FlushLinks(), fs.Close())
+}
+
+// mounted begins to serve. If the caller ends before it has mounted, there is
+// nothing to be served; if it ends right after that, others will find the mount.
+func mounted(in *gob.Decoder, out *gob.Encoder, req *ask.Request, fs *unionfs.FS) (*fusesrv.Server, error) {
+	cfg := serverConfig(&req.Plan, fs)
+	var a ask.Answer
+	a.Mount.Source, a.Mount.FSType, a.Mount.Flags, a.Mount.Data = cfg.MountCall(req.Device)
+	if err := out.Encode(a); err != nil {
+		return nil, err
+	}
+	if err := in.Decode(new(bool)); err != nil {
+		return nil, err
+	}
+	srv, err := fusesrv.Serve(cfg, ask.DeviceFD)
+	if err != nil {
+		return nil, errors.Join(err, out.Encode(ask.Answer{Error: err.Error()}))
+	}
+	_ = out.Encode(ask.Answer{}) // the kernel tells when it is to end, not the caller
+	return srv, nil
 }
 
 // busyFor is how long a mount waits for the one before it, which lets go of the
 // upper directory a moment after it was unmounted.
 const busyFor = 5 * time.Second
 
-func mountPlan(r io.Reader) (*union.Handle, error) {
-	var p plan
-	if err := gob.NewDecoder(r).Decode(&p); err != nil {
-		return nil, err
-	}
+func open(p *ask.Plan) (*unionfs.FS, error) {
 	end := time.Now().Add(busyFor)
 	for wait := time.Millisecond; ; wait = min(2*wait, 20*time.Millisecond) {
-		h, err := union.Mount(context.Background(), p.Target, p.config())
+		fs, _, err := unionfs.Open(engineConfig(p))
 		if !errors.Is(err, unix.EBUSY) || time.Now().After(end) {
-			return h, err
+			return fs, err
 		}
 		time.Sleep(wait)
+	}
+}
+
+// engineConfig is the union of a plan.
+func engineConfig(p *ask.Plan) *unionfs.Config {
+	c := &unionfs.Config{Format: unionfs.Overlay{User: p.UserXattr}}
+	if p.Upper != "" {
+		perm := unionfs.RW
+		if p.ReadOnly {
+			perm = unionfs.ROWH
+		}
+		c.Branches = append(c.Branches, unionfs.BranchSpec{Path: p.Upper, Perm: perm})
+	}
+	for _, dir := range p.Lowers {
+		c.Branches = append(c.Branches, unionfs.BranchSpec{Path: dir, Perm: unionfs.ROWH})
+	}
+	return c
+}
+
+// serverConfig is how it is served.
+func serverConfig(p *ask.Plan, fs *unionfs.FS) fusesrv.Config {
+	return fusesrv.Config{
+		FS: fs, Target: p.Target,
+		UDBA:     fusesrv.None, // lower directories of an overlay do not change
+		ReadOnly: p.ReadOnly || p.Upper == "",
+		NoSuid:   p.NoSuid, NoDev: p.NoDev, NoExec: p.NoExec,
+		Source: "overlay",
 	}
 }

@@ -1,16 +1,17 @@
-package overlaymount
+package ask
 
 import (
 	"errors"
 	"fmt"
 	"path/filepath"
 	"strings"
-
-	"github.com/layerfs/layerfs/union"
 )
 
-// plan is a mount as the command line describes it.
-type plan struct {
+// Self is the program that runs, even if its file was replaced or removed.
+const Self = "/proc/self/exe"
+
+// Plan is a mount as the command line describes it.
+type Plan struct {
 	Target    string
 	Lowers    []string // top first
 	Upper     string   // "" for none
@@ -21,10 +22,10 @@ type plan struct {
 	NoExec    bool
 }
 
-// parse reads the arguments behind the command. The error is for whoever called
+// Parse reads the arguments behind the command. The error is for whoever called
 // the program.
-func parse(args []string) (*plan, error) {
-	p := new(plan)
+func Parse(args []string) (*Plan, error) {
+	p := new(Plan)
 	var options []string
 	for len(args) > 0 && strings.HasPrefix(args[0], "-o") {
 		list := args[0][2:]
@@ -61,7 +62,7 @@ func parse(args []string) (*plan, error) {
 }
 
 // set takes one option.
-func (p *plan) set(opt string, work *string) (err error) {
+func (p *Plan) set(opt string, work *string) (err error) {
 	key, value, _ := strings.Cut(opt, "=")
 	switch key {
 	case "lowerdir":
@@ -135,7 +136,7 @@ func unescape(key, s string) (string, error) {
 
 // absolute makes all paths absolute, as the server has another working
 // directory.
-func (p *plan) absolute() (err error) {
+func (p *Plan) absolute() (err error) {
 	paths := []*string{&p.Target}
 	if p.Upper != "" {
 		paths = append(paths, &p.Upper)
@@ -149,31 +150,4 @@ func (p *plan) absolute() (err error) {
 		}
 	}
 	return nil
-}
-
-// config is the union of the plan.
-func (p *plan) config() *union.Config {
-	c := &union.Config{
-		Format:    union.Overlay,
-		UDBA:      union.None, // lower directories of an overlay do not change
-		ReadOnly:  p.ReadOnly || p.Upper == "",
-		AllowSuid: !p.NoSuid,
-		AllowDev:  !p.NoDev,
-		NoExec:    p.NoExec,
-		Source:    "overlay",
-	}
-	if p.UserXattr {
-		c.Format = union.OverlayUser
-	}
-	if p.Upper != "" {
-		perm := union.RW
-		if p.ReadOnly {
-			perm = union.ROWH
-		}
-		c.Branches = append(c.Branches, union.Branch{Path: p.Upper, Perm: perm})
-	}
-	for _, dir := range p.Lowers {
-		c.Branches = append(c.Branches, union.Branch{Path: dir, Perm: union.ROWH})
-	}
-	return c
 }

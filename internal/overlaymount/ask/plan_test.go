@@ -1,4 +1,4 @@
-package overlaymount
+package ask
 
 import (
 	"testing"
@@ -7,30 +7,29 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/layerfs/layerfs/internal/mount"
-	"github.com/layerfs/layerfs/union"
 )
 
 func TestParse(t *testing.T) {
 	for name, tt := range map[string]struct {
 		args []string
-		want plan
+		want Plan
 		bad  string
 	}{
 		"writable": {
 			args: []string{"-o", "lowerdir=/b:/a,upperdir=/u,workdir=/w", "/t"},
-			want: plan{Target: "/t", Lowers: []string{"/b", "/a"}, Upper: "/u"},
+			want: Plan{Target: "/t", Lowers: []string{"/b", "/a"}, Upper: "/u"},
 		},
 		"read-only": {
 			args: []string{"-o", "lowerdir=/b:/a,ro", "/t"},
-			want: plan{Target: "/t", Lowers: []string{"/b", "/a"}, ReadOnly: true},
+			want: Plan{Target: "/t", Lowers: []string{"/b", "/a"}, ReadOnly: true},
 		},
 		"flags": {
 			args: []string{"-olowerdir=/a", "-o", "userxattr,nosuid,nodev,noexec,suid,allow_other,default_permissions", "--", "-t"},
-			want: plan{Target: "-t", Lowers: []string{"/a"}, UserXattr: true, NoDev: true, NoExec: true},
+			want: Plan{Target: "-t", Lowers: []string{"/a"}, UserXattr: true, NoDev: true, NoExec: true},
 		},
 		"escapes": {
 			args: []string{"-o", `lowerdir=/a\:1:/b\,2:/c\\:/=3,upperdir=/u\:\,,workdir=/w\\`, "/t"},
-			want: plan{Target: "/t", Lowers: []string{"/a:1", "/b,2", `/c\`, "/=3"}, Upper: "/u:,"},
+			want: Plan{Target: "/t", Lowers: []string{"/a:1", "/b,2", `/c\`, "/=3"}, Upper: "/u:,"},
 		},
 		"none":              {bad: "arguments"},
 		"no-target":         {args: []string{"-o", "lowerdir=/a"}, bad: "arguments"},
@@ -47,7 +46,7 @@ func TestParse(t *testing.T) {
 		"option-of-nothing": {args: []string{"-o"}, bad: "arguments"},
 	} {
 		t.Run(name, func(t *testing.T) {
-			got, err := parse(tt.args)
+			got, err := Parse(tt.args)
 			if tt.bad != "" {
 				require.ErrorContains(t, err, tt.bad)
 				return
@@ -67,22 +66,8 @@ func FuzzEscapes(f *testing.F) {
 		if a == "" || b == "" || upper == "" || o.Validate() != nil {
 			return
 		}
-		got, err := parse([]string{"-o", o.Data(), "/t"})
+		got, err := Parse([]string{"-o", o.Data(), "/t"})
 		require.NoError(t, err)
-		require.Equal(t, plan{Target: "/t", Lowers: o.Lowers, Upper: upper, UserXattr: true}, *got)
+		require.Equal(t, Plan{Target: "/t", Lowers: o.Lowers, Upper: upper, UserXattr: true}, *got)
 	})
-}
-
-func TestConfig(t *testing.T) {
-	p := plan{Lowers: []string{"/b", "/a"}, Upper: "/u", UserXattr: true, NoDev: true}
-	rw := p.config()
-	assert.Equal(t, union.OverlayUser, rw.Format)
-	assert.Equal(t, []union.Branch{{Path: "/u", Perm: union.RW}, {Path: "/b", Perm: union.ROWH}, {Path: "/a", Perm: union.ROWH}}, rw.Branches)
-	assert.True(t, rw.AllowSuid && !rw.AllowDev && !rw.NoExec && !rw.ReadOnly)
-	p.ReadOnly = true
-	ro := p.config()
-	assert.True(t, ro.ReadOnly)
-	assert.Equal(t, union.ROWH, ro.Branches[0].Perm, "ro does not touch upperdir")
-	p = plan{Lowers: []string{"/a"}}
-	assert.True(t, p.config().ReadOnly)
 }
