@@ -247,7 +247,7 @@ func (b *batch) fillBase() error {
 	if err := b.d.Put(b.Context(), "base"); err != nil {
 		return err
 	}
-	return b.fill("base", 20)
+	return b.fill("base", 10)
 }
 
 // fill changes a layer by some steps of each history, without what tar cannot
@@ -261,7 +261,7 @@ func (b *batch) fill(id string, least int) error {
 	err = b.each(func(h *history) error {
 		h.steps.Log = nil
 		h.steps.Move(path + h.dir)
-		for range least + h.steps.N(25) {
+		for range least + h.steps.N(16) {
 			h.steps.Step()
 		}
 		h.log = append(append(h.log, id+":"), h.steps.Log...)
