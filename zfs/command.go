@@ -17,6 +17,11 @@ type tool struct {
 	zfs, zpool string
 	pool       string        // whose health explains a call that does not end
 	patience   time.Duration // after which the health of the pool is looked at
+
+	// turn waits for this call's turn, where calls must not be made at the same
+	// time; nil means that they may. The turn lasts until all descriptors of the
+	// file are closed, of which the program gets one: it may outlive this process.
+	turn func(ctx context.Context) (*os.File, error)
 }
 
 // CommandError is the error of a zfs or zpool that failed.
@@ -85,8 +90,17 @@ const grace = 2 * time.Second
 
 // run runs zfs and returns its output.
 func (t *tool) run(ctx context.Context, args ...string) ([]byte, error) {
+	var held []*os.File
+	if t.turn != nil {
+		f, err := t.turn(ctx)
+		if err != nil {
+			return nil, err
+		}
+		defer f.Close()
+		held = append(held, f)
+	}
 	var out bytes.Buffer
-	if err := t.pipe(ctx, nil, &out, t.zfs, args...); err != nil {
+	if err := t.start(ctx, held, nil, &out, t.zfs, args...); err != nil {
 		return nil, err // a program that was left behind may still write to out
 	}
 	return out.Bytes(), nil
@@ -105,6 +119,11 @@ func (t *tool) rows(ctx context.Context, columns int, args ...string) ([][]strin
 // the pool is looked at, so that a suspended pool is an error and not a hang;
 // the program is then left behind until the pool lives again.
 func (t *tool) pipe(ctx context.Context, in io.Reader, out io.Writer, program string, args ...string) error {
+	return t.start(ctx, nil, in, out, program, args...)
+}
+
+// start is pipe with files that the program gets, besides the first three.
+func (t *tool) start(ctx context.Context, held []*os.File, in io.Reader, out io.Writer, program string, args ...string) error {
 	if err := context.Cause(ctx); err != nil {
 		return err
 	}
@@ -112,6 +131,7 @@ func (t *tool) pipe(ctx context.Context, in io.Reader, out io.Writer, program st
 	cmd := exec.Command(program, args...)
 	cmd.Env = append(os.Environ(), "LC_ALL=C")
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = in, out, &stderr
+	cmd.ExtraFiles = held
 	cmd.WaitDelay = grace
 	fail := func(err error) error {
 		name := program[strings.LastIndexByte(program, '/')+1:]

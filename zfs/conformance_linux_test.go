@@ -6,10 +6,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
-	"strings"
 	"testing"
-
-	"golang.org/x/sys/unix"
 
 	"github.com/layerfs/layerfs"
 	"github.com/layerfs/layerfs/drivertest"
@@ -25,12 +22,11 @@ func TestMain(m *testing.M) {
 // runTests has the pool made before and destroyed after everything that looks
 // for leaks.
 func runTests(m *testing.M) int {
+	if os.Getenv(fuseStageEnv) == stageInit {
+		return fuseInit()
+	}
 	if slices.Contains(os.Args, "-test.fuzzworker") || os.Getenv(poolEnv) != "" {
 		return testenv.Main(m)
-	}
-	if err := quietSignals(); err != nil {
-		fmt.Fprintln(os.Stderr, err)
-		return 2
 	}
 	_, destroy, err := makePool()
 	if err != nil && !errors.Is(err, errors.ErrUnsupported) {
@@ -45,27 +41,6 @@ func runTests(m *testing.M) int {
 		}
 	}
 	return code
-}
-
-// quietSignals starts the test program again without the signals by which the
-// runtime stops goroutines, where zfs-fuse is used. Each signal that meets a
-// request to a FUSE file system sends an interrupt after it, and zfs-fuse hangs
-// if that is withdrawn, as the request has been answered, between its poll and
-// its read.
-func quietSignals() error {
-	const off = "asyncpreemptoff=1"
-	if kernelMounts() || os.Getenv(fuseEnv) == "" || strings.Contains(os.Getenv("GODEBUG"), off) {
-		return nil
-	}
-	if _, err := find("zfs-fuse", ""); err != nil {
-		return nil
-	}
-	self, err := os.Executable()
-	if err != nil {
-		return err
-	}
-	env := append(os.Environ(), "GODEBUG="+strings.Trim(os.Getenv("GODEBUG")+","+off, ","))
-	return os.NewSyscallError("execve", unix.Exec(self, os.Args, env))
 }
 
 func harness() drivertest.Harness {
@@ -85,40 +60,12 @@ func harness() drivertest.Harness {
 	return h
 }
 
-// onFuse is what a harness differs by with zfs-fuse.
-func onFuse(h *drivertest.Harness) {
-	const (
-		lazily = "a lazy unmount with an open file hangs the daemon: a thread of it spins on the closed connection"
-		often  = "the daemon loses sight of one of many mounts that follow each other, and its users hang"
-		names  = "the attributes of a file are cached for each of its names, so that a change by one is not seen by another"
-		killed = "the daemon keeps a file system busy for good whose mounting process was killed"
-	)
-	h.WholeSeconds = true
-	h.Small = nil // the daemon needs minutes to give a pool up
-	h.Skip = map[string]string{
-		"OpenFileAfterPut": lazily,
-		"Reopen":           often,
-		"Concurrent":       often,
-		"RandomHistories":  often,
-		"DiffStable":       often,
-		"DiffIDMap":        often,
-		"HardLinks":        names,
-		"Clone":            names,
-		"DiffProfileOCI":   names,
-		"KilledWorker":     killed,
-	}
-}
-
-// requireOpenZFS skips what cannot be run with zfs-fuse: its daemon hangs for
-// good, with all its users, when a file system is unmounted while files are
-// open, or when a request is interrupted by a signal, which child processes
-// send. TestLifeCycle and its like are for both, and so is the conformance
-// suite but for the cases in onFuse.
-func requireOpenZFS(tb testing.TB) {
+// requireOpenZFS skips what cannot be tested with zfs-fuse, and says why.
+func requireOpenZFS(tb testing.TB, why string) {
 	tb.Helper()
 	requirePool(tb)
 	if !kernelMounts() {
-		tb.Skip("zfs-fuse hangs on lazy unmounts; run this with OpenZFS")
+		tb.Skip(why)
 	}
 }
 
@@ -146,18 +93,20 @@ var long = []string{
 }
 
 func TestCross(t *testing.T) {
-	requireOpenZFS(t)
+	requirePool(t)
 	copies := drivertest.Harness{
 		Name: "vfs",
 		New: func(root string) (layerfs.Driver, error) {
 			return vfs.New(root, &vfs.Options{Durability: layerfs.DurabilityNone})
 		},
 	}
-	drivertest.Cross(t, harness(), copies)
-	drivertest.Cross(t, copies, harness())
+	h := harness()
+	copies.WholeSeconds = h.WholeSeconds
+	drivertest.Cross(t, h, copies)
+	drivertest.Cross(t, copies, h)
 }
 
 func BenchmarkDriver(b *testing.B) {
-	requireOpenZFS(b)
+	requirePool(b)
 	drivertest.RunBenchmarks(b, harness())
 }

@@ -63,13 +63,28 @@
 // does when the pool lives again is undone by the next New, or by the next
 // Create of the same layer.
 //
+// # zfs-fuse
+//
+// One call, mount or unmount at a time is asked of the daemon, and a mount is
+// only given up when all that was asked of it has been answered. So Put of a
+// layer with open files moves the mount out of sight, where it stays until they
+// are closed and the layer is put or removed again; if the mount around the root
+// is shared that is impossible, and Put fails with an error that matches
+// [github.com/layerfs/layerfs.ErrInUse]. The daemon should be started with
+// --enable-xattr and with attribute and entry timeouts of zero: the settings that
+// distributions ship let the kernel keep what a file was like for an hour. A
+// request that is interrupted by a signal may leave the daemon waiting until
+// another one comes to the same file system; Go programs avoid most of these
+// signals with GODEBUG=asyncpreemptoff=1.
+//
 // # What is tested
 //
 // OpenZFS 2.1 on Linux 6.1: the conformance suite, random histories of changes
 // and the faults run in a virtual machine whose pool is a file; the suite's long
-// cases only without -short. zfs-fuse 0.7: on request only
-// (LAYERFS_TEST_ZFS_FUSE=1), without the cases at which its daemon hangs; it has
-// no zfs diff. FreeBSD: the package builds; it was never run there. Nor was
+// cases only without -short. zfs-fuse 0.7 on the host: all tests and the whole
+// suite, each with a daemon of its own (TestFuse, LAYERFS_TEST_ZFS_FUSE=1), but
+// for a full pool in the middle of a write and a pool that is suspended, at which
+// the daemon ends or hangs; it has no zfs diff. FreeBSD: the package builds; it was never run there. Nor was
 // OpenZFS 2.2 or later, so that exchanged names and cloned blocks are in no
 // history.
 //

@@ -103,6 +103,7 @@ func openDriver(root string, opts *Options, probe prober) (_ *Driver, err error)
 	if m.tool, err = newTool(opts); err != nil {
 		return nil, err
 	}
+	m.tool.turn = turns()
 	common := lifecycle.Options{Durability: opts.Durability, Logger: opts.Logger}
 	if err := os.MkdirAll(m.home, 0o711); err != nil {
 		return nil, err

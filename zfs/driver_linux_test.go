@@ -173,7 +173,7 @@ func TestQuota(t *testing.T) {
 // What exceeds RefQuota is refused, and what is removed can be used again. It
 // counts what a layer shares with its parents.
 func TestRefQuotaExceeded(t *testing.T) {
-	requireOpenZFS(t)
+	requirePool(t)
 	const mib = 1 << 20
 	d := mustOpen(t, newRootDir(t), &Options{RefQuota: 24 * mib, Properties: map[string]string{"compression": "off"}})
 	ctx := t.Context()
@@ -186,7 +186,7 @@ func TestRefQuotaExceeded(t *testing.T) {
 	}
 	remove := func(id, name string) {
 		fill(t, d, id, func(path string) { require.NoError(t, os.Remove(filepath.Join(path, name))) })
-		mustCommand(t, "zpool", "sync", poolOf(d.m.parent))
+		require.NoError(t, d.m.flush(ctx, id))
 	}
 
 	require.NoError(t, d.Create(ctx, "base", "", nil))

@@ -68,7 +68,7 @@ func snapshotOf(tb testing.TB, d *Driver, id string) string {
 
 // A dataset in which a file is open after the last Put cannot be destroyed.
 func TestBusy(t *testing.T) {
-	requireOpenZFS(t)
+	requirePool(t)
 	d := mustOpen(t, newRootDir(t), &Options{})
 	ctx := t.Context()
 	require.NoError(t, d.Create(ctx, "a", "", nil))

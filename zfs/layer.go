@@ -155,9 +155,6 @@ func (m *mechanism) properties(rec *lifecycle.Record) []string {
 		"snapdir":    "hidden",
 		propLayer:    markOf(m.root, rec.ID),
 	}
-	if !m.facts.Kernel {
-		props["mountpoint"] = m.stage(rec.ID) // "zfs mount" is the only way to mount
-	}
 	maps.Copy(props, m.facts.Properties)
 	maps.Copy(props, m.opts.Properties)
 	if rec.Quota.Bytes > 0 {
@@ -320,6 +317,9 @@ func (m *mechanism) dropSnapshot(ctx context.Context, full string) error {
 // destroy destroys the dataset of a layer; none is no error. Layers that were
 // cloned from it, which are not its children, get its history.
 func (m *mechanism) destroy(ctx context.Context, id string) error {
+	if err := m.clearAsides(id); err != nil {
+		return err
+	}
 	ds := m.dataset(id)
 	done, err := m.destroyAtOnce(ctx, id)
 	if done || err != nil {

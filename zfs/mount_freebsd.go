@@ -23,6 +23,12 @@ import (
 // kernelMounts reports that the kernel mounts: there is no other ZFS.
 func kernelMounts() bool { return true }
 
+// turns returns nothing: calls may be made at the same time.
+func turns() func(context.Context) (*os.File, error) { return nil }
+
+// clearAsides does nothing: no mount is ever moved aside.
+func (m *mechanism) clearAsides(string) error { return nil }
+
 // fullProperties are none: ACLs are NFSv4 ones by default, and xattrs are
 // extattr(2), which are kept.
 func fullProperties() map[string]string { return nil }

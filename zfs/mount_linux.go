@@ -6,11 +6,8 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"slices"
 	"strings"
-	"time"
 
-	"github.com/moby/sys/mountinfo"
 	"golang.org/x/sys/unix"
 
 	"github.com/layerfs/layerfs"
@@ -178,39 +175,6 @@ func (m *mechanism) source(ctx context.Context, rec *lifecycle.Record) (path str
 	return stage, func() error { return m.unstage(stage) }, nil
 }
 
-// mountByDaemon has the zfs-fuse daemon mount a dataset at its stage.
-func (m *mechanism) mountByDaemon(ctx context.Context, id string) error {
-	return m.patiently(ctx, func() error {
-		unlock := m.oneAtATime()
-		defer unlock()
-		_, err := m.tool.run(ctx, "mount", m.dataset(id))
-		return err
-	})
-}
-
-// settle is how long the zfs-fuse daemon may take to notice an unmount.
-const settle = 2 * time.Second
-
-// daemonDir is where the zfs-fuse daemon has its socket.
-const daemonDir = "/var/run/zfs"
-
-// oneAtATime keeps all processes from having the zfs-fuse daemon mount and
-// unmount at once: it may then lose sight of a mount, whose users hang. It is
-// the lock of a directory that is there while the daemon is. With the kernel's
-// file system it does nothing.
-func (m *mechanism) oneAtATime() (unlock func()) {
-	if m.facts.Kernel {
-		return func() {}
-	}
-	f, err := os.Open(daemonDir)
-	if err != nil {
-		return func() {}
-	}
-	for unix.Flock(int(f.Fd()), unix.LOCK_EX) == unix.EINTR {
-	}
-	return func() { f.Close() }
-}
-
 func (m *mechanism) unstage(stage string) error {
 	if err := m.hide(stage); err != nil {
 		return err
@@ -249,73 +213,19 @@ func (m *mechanism) mountedAt(ds string) ([]string, error) {
 // hide unmounts what is mounted at path: at once, so that the dataset is free,
 // or detached where somebody still works in it.
 func (m *mechanism) hide(path string) error {
-	unlock := m.oneAtATime()
-	defer unlock()
-	noticed := m.watchDaemon(path)
-	err := mount.UnmountNow(path)
-	if err == nil {
-		noticed()
-	}
-	if errors.Is(err, unix.EBUSY) {
-		err = mount.Unmount(path)
+	var err error
+	if m.facts.Kernel {
+		err = mount.UnmountNow(path)
+		if errors.Is(err, unix.EBUSY) {
+			err = mount.Unmount(path)
+		}
+	} else {
+		err = m.hideFromDaemon(path)
 	}
 	if errors.Is(err, mount.ErrNotMounted) || errors.Is(err, os.ErrNotExist) {
 		return nil
 	}
 	return err
-}
-
-// watchDaemon is called before the unmount of a file system that the zfs-fuse
-// daemon serves, and returns a function that waits until the daemon has noticed
-// it. The daemon does so on its own; a mount that it is asked for before may
-// never be served.
-func (m *mechanism) watchDaemon(path string) (wait func()) {
-	if m.facts.Kernel {
-		return func() {}
-	}
-	source := ""
-	shown := func(fn func(mountinfo.Info) bool) bool {
-		list, err := mount.Under("/")
-		return err == nil && slices.ContainsFunc(list, fn)
-	}
-	shown(func(i mountinfo.Info) bool {
-		if i.Mountpoint == path {
-			source = i.Source
-		}
-		return false // the last one is on top
-	})
-	before := daemonFiles()
-	return func() {
-		for end := time.Now().Add(settle); time.Now().Before(end); time.Sleep(2 * time.Millisecond) {
-			if daemonFiles() < before || shown(func(i mountinfo.Info) bool { return i.Source == source && isZFS(i.FSType) }) {
-				return
-			}
-		}
-	}
-}
-
-// daemonFiles counts the file systems that zfs-fuse daemons serve, each by an
-// open file.
-func daemonFiles() (n int) {
-	comms, err := filepath.Glob("/proc/[0-9]*/comm")
-	if err != nil {
-		return 0
-	}
-	for _, comm := range comms {
-		if name, err := os.ReadFile(comm); err != nil || string(name) != "zfs-fuse\n" {
-			continue
-		}
-		files, err := filepath.Glob(filepath.Dir(comm) + "/fd/*")
-		if err != nil {
-			continue
-		}
-		for _, f := range files {
-			if to, err := os.Readlink(f); err == nil && to == "/dev/fuse" {
-				n++
-			}
-		}
-	}
-	return n
 }
 
 // Unmount undoes Mount.
@@ -357,9 +267,14 @@ func (m *mechanism) Mounted() ([]string, error) {
 
 // probeMount tries what the file system mounted at path can hold.
 func probeMount(path string) (xattrs, devices, idmap string) {
+	value := make([]byte, 64)
 	for _, name := range []string{"user.layerfs", "trusted.layerfs", "security.layerfs"} {
-		if err := unix.Setxattr(path, name, []byte("1"), 0); err != nil {
+		if err := unix.Setxattr(path, name, value, 0); err != nil {
 			xattrs = fmt.Sprintf("setxattr %s: %v", name, err)
+			break
+		}
+		if n, err := unix.Getxattr(path, name, value[:16]); !errors.Is(err, unix.ERANGE) {
+			xattrs = fmt.Sprintf("getxattr %s into a short buffer: %d bytes, %v", name, n, err)
 			break
 		}
 		_ = unix.Removexattr(path, name) // the file system is destroyed in a moment

@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -22,23 +21,11 @@ import (
 	"github.com/layerfs/layerfs/internal/testenv"
 )
 
-// The tests make a pool on a sparse file. Where the kernel has no ZFS, the
-// zfs-fuse daemon is started for it; it belongs to all test processes of the
-// host that need it, and the last one stops it.
+// The tests make a pool on a sparse file. Where the kernel has no ZFS there is
+// zfs-fuse, see TestFuse.
 
 // poolEnv passes the pool to processes that the tests start.
 const poolEnv = "LAYERFS_TEST_ZPOOL"
-
-// fuseEnv allows the tests to start the zfs-fuse daemon.
-const fuseEnv = "LAYERFS_TEST_ZFS_FUSE"
-
-// daemonLock is locked by everybody who uses the daemon, and exclusively by
-// whoever starts or stops it.
-const (
-	daemonLock   = "/run/layerfs-zfs-fuse.lock"
-	daemonPid    = "/run/layerfs-zfs-fuse.pid"
-	daemonSocket = "/run/zfs/zfs_socket"
-)
 
 // makePool returns the name of the pool and a function that destroys it. An
 // error that matches errors.ErrUnsupported says that there is no ZFS here.
@@ -55,19 +42,8 @@ func makePool() (name string, destroy func() error, err error) {
 			return "", nil, missing(err)
 		}
 	}
-	release := func() error { return nil }
 	if !kernelMounts() {
-		// The daemon calls sync(2) at each unmount and so waits for all disks of
-		// the host, and it may hang (see requireOpenZFS).
-		if os.Getenv(fuseEnv) == "" && !testenv.Required("zfs-fuse") {
-			return "", nil, missing(errors.New("zfs-fuse is used only if " + fuseEnv + " is set"))
-		}
-		if _, err := find("zfs-fuse", ""); err != nil {
-			return "", nil, missing(err)
-		}
-		if release, err = useDaemon(); err != nil {
-			return "", nil, err
-		}
+		return "", nil, missing(errors.New("this kernel has no ZFS; zfs-fuse is what TestFuse is for"))
 	}
 	sweepPools()
 	name = "layerfs" + strconv.Itoa(os.Getpid())
@@ -76,21 +52,19 @@ func makePool() (name string, destroy func() error, err error) {
 		err = os.Truncate(file, 1<<30)
 	}
 	if err == nil {
-		args := []string{"create", "-f", "-o", "cachefile=none", "-o", "ashift=12", "-O", "mountpoint=none", "-O", "canmount=off"}
-		if kernelMounts() {
-			// Each transaction group is cheaper without: most of the time goes there.
-			args = append(args, "-o", "feature@log_spacemap=disabled", "-O", "sync=disabled")
-		}
-		_, err = command("zpool", append(args, name, file)...)
+		// Each transaction group is cheaper without the last two: most of the time
+		// goes there.
+		_, err = command("zpool", "create", "-f", "-o", "cachefile=none", "-o", "ashift=12", "-O", "mountpoint=none", "-O", "canmount=off",
+			"-o", "feature@log_spacemap=disabled", "-O", "sync=disabled", name, file)
 	}
 	if err != nil {
-		return "", nil, errors.Join(err, os.Remove(file), release())
+		return "", nil, errors.Join(err, os.Remove(file))
 	}
 	os.Setenv(poolEnv, name)
 	return name, func() error {
 		os.Unsetenv(poolEnv)
 		_, err := command("zpool", "destroy", "-f", name)
-		return errors.Join(err, os.Remove(file), release())
+		return errors.Join(err, os.Remove(file))
 	}, nil
 }
 
@@ -119,100 +93,6 @@ func sweepPools() {
 			_ = os.Remove(filepath.Join(poolDir(), pool))
 		}
 	}
-}
-
-// useDaemon makes sure that the zfs-fuse daemon runs until release.
-func useDaemon() (release func() error, err error) {
-	f, err := os.OpenFile(daemonLock, os.O_CREATE|os.O_RDWR, 0o600)
-	if err != nil {
-		return nil, err
-	}
-	defer func() {
-		if err != nil {
-			f.Close()
-		}
-	}()
-	fd := int(f.Fd())
-	for {
-		// Shared is enough where it runs; to start it nobody else may be there.
-		if err := unix.Flock(fd, unix.LOCK_SH); err != nil {
-			return nil, err
-		}
-		if answers() {
-			break
-		}
-		if unix.Flock(fd, unix.LOCK_EX|unix.LOCK_NB) != nil {
-			time.Sleep(100 * time.Millisecond)
-			continue
-		}
-		if err := startDaemon(); err != nil {
-			return nil, err
-		}
-	}
-	return func() error {
-		defer f.Close()
-		if unix.Flock(fd, unix.LOCK_EX|unix.LOCK_NB) != nil {
-			return nil // another process uses it
-		}
-		return stopDaemon()
-	}, nil
-}
-
-func answers() bool {
-	c, err := net.DialTimeout("unix", daemonSocket, time.Second)
-	if err != nil {
-		return false
-	}
-	c.Close()
-	return true
-}
-
-func startDaemon() error {
-	if err := os.MkdirAll(filepath.Dir(daemonSocket), 0o755); err != nil {
-		return err
-	}
-	// It goes to the background by itself, so it is no child of this process.
-	out, err := command("zfs-fuse", "--pidfile", daemonPid, "--no-kstat-mount", "--enable-xattr")
-	if err != nil {
-		return fmt.Errorf("%w: %s", err, out)
-	}
-	for range 100 {
-		if answers() {
-			return nil
-		}
-		time.Sleep(50 * time.Millisecond)
-	}
-	return errors.New("zfs-fuse does not answer")
-}
-
-// stopDaemon ends the daemon that startDaemon started; one of the host's own
-// has no such file.
-func stopDaemon() error {
-	b, err := os.ReadFile(daemonPid)
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil
-	}
-	if err != nil {
-		return err
-	}
-	pid, err := strconv.Atoi(strings.TrimSpace(string(b)))
-	if err != nil {
-		return err
-	}
-	comm, err := os.ReadFile(fmt.Sprintf("/proc/%d/comm", pid))
-	if err != nil || strings.TrimSpace(string(comm)) != "zfs-fuse" {
-		return os.Remove(daemonPid)
-	}
-	if err := unix.Kill(pid, unix.SIGTERM); err != nil {
-		return err
-	}
-	for range 150 { // it gives its threads ten seconds
-		if unix.Kill(pid, 0) != nil {
-			return os.Remove(daemonPid)
-		}
-		time.Sleep(100 * time.Millisecond)
-	}
-	return fmt.Errorf("zfs-fuse %d does not end", pid)
 }
 
 // command runs a program of the test itself. One that waits for a suspended pool
@@ -314,13 +194,15 @@ func mustDestroy(tb testing.TB, ds string) {
 	tb.Error(err)
 }
 
-// datasetOf is the dataset of a test's root, also in another process.
+// datasetOf is the dataset of a test's root or of the directory that is in, also
+// in another process.
 func datasetOf(root string) string {
-	b, err := os.ReadFile(root + ".dataset")
-	if err != nil {
-		return "no dataset was made for " + root
+	for _, dir := range []string{root, filepath.Dir(root)} {
+		if b, err := os.ReadFile(dir + ".dataset"); err == nil {
+			return string(b)
+		}
 	}
-	return string(b)
+	return "no dataset was made for " + root
 }
 
 // reuse lends datasets to tests that leave them as they got them, which is

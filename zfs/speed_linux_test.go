@@ -17,7 +17,7 @@ import (
 // of and a tenth. Rounds of both alternate, and the fastest of each
 // counts, which other work on the machine spoils least.
 func TestCreateCost(t *testing.T) {
-	requireOpenZFS(t)
+	requireOpenZFS(t, "compares the cost of calls, which is the daemon's here")
 	if os.Getenv("LAYERFS_IDLE") == "" {
 		t.Skip("compares times, which other work on the machine spoils; LAYERFS_IDLE=1 runs it")
 	}

@@ -19,7 +19,7 @@ import (
 // A pool whose device fails answers no call until it is cleared. That is an
 // error in time, and nothing is lost or left when it is.
 func TestSuspended(t *testing.T) {
-	requireOpenZFS(t)
+	requireOpenZFS(t, "zfs-fuse hangs when a device of the pool fails")
 	disk := testenv.Tmpfs(t, "size=96m")
 	pool, root := newPool(t, disk, 256<<20)
 	d := mustOpen(t, root, &Options{})

@@ -1,0 +1,345 @@
+package zfs
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/moby/sys/mountinfo"
+	"golang.org/x/sys/unix"
+
+	"github.com/layerfs/layerfs"
+	"github.com/layerfs/layerfs/internal/mount"
+)
+
+// What the zfs-fuse daemon needs that the kernel's file system does not is in
+// this file. It has three faults that it can be kept from (fuse_listener.c and
+// cmd_listener.c of zfs-fuse 0.7):
+//
+//   - It learns of an unmount by the end of its connection. It then tries to
+//     give the file system up until no file of it is open, and serves nobody
+//     meanwhile. The kernel tells of the close of a file in a request of its
+//     own, which is dropped if the unmount comes first; then that never ends.
+//     So an unmount waits until all requests have been answered, and a file
+//     system with open files is not detached but moved out of sight, because
+//     its end would follow the last close at once.
+//   - It closes the descriptor of a connection twice. What was opened in
+//     between, a connection of another file system or of a zfs command, is gone.
+//     So nothing is asked of it until it has dealt with an unmount.
+//   - It mixes up commands that come at the same time.
+//
+// A fourth, that it waits for a request that was withdrawn when its process was
+// interrupted, is its users' business: any later request to that file system
+// wakes it.
+
+// daemonDir is where the zfs-fuse daemon has its socket.
+const daemonDir = "/var/run/zfs"
+
+// connections has a directory for each FUSE connection
+// (Documentation/filesystems/fuse/fuse.rst, control filesystem).
+const connections = "/sys/fs/fuse/connections"
+
+const (
+	// settle is how long the daemon may take to answer what was asked of it
+	// before an unmount, and to notice that. It calls sync(2) and so waits for
+	// all disks of the host.
+	settle = 20 * time.Second
+
+	// look is the time between two looks at what the daemon does.
+	look = 2 * time.Millisecond
+)
+
+// turns returns what keeps calls apart here: nothing with the kernel's file
+// system.
+func turns() func(context.Context) (*os.File, error) {
+	if kernelMounts() {
+		return nil
+	}
+	return daemonTurn
+}
+
+// daemonTurn keeps all processes from asking the daemon for two things at once.
+// It is the lock of a directory that is there while the daemon is.
+func daemonTurn(ctx context.Context) (*os.File, error) {
+	f, err := os.Open(daemonDir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return os.Open(os.DevNull) // the command will say what is missing
+	}
+	if err != nil {
+		return nil, err
+	}
+	for {
+		err := flock(f)
+		if err == nil {
+			return f, nil
+		}
+		if !errors.Is(err, unix.EWOULDBLOCK) {
+			f.Close()
+			return nil, err
+		}
+		t := time.NewTimer(look)
+		select {
+		case <-t.C:
+		case <-ctx.Done():
+			t.Stop()
+			f.Close()
+			return nil, context.Cause(ctx)
+		}
+	}
+}
+
+// unmountTurn is daemonTurn for an unmount, which nobody cancels but which must
+// not wait for good behind a call that does not end.
+func unmountTurn() (*os.File, error) {
+	ctx, cancel := context.WithTimeoutCause(context.Background(), 3*settle, errors.New("another call of zfs does not end"))
+	defer cancel()
+	return daemonTurn(ctx)
+}
+
+// mountByDaemon has the daemon mount a dataset at its stage. That is its
+// mountpoint from then on; before it is legacy, because zfs clone of zfs-fuse
+// mounts what has another one, whatever canmount says.
+func (m *mechanism) mountByDaemon(ctx context.Context, id string) error {
+	ds, stage := m.dataset(id), m.stage(id)
+	if _, err := m.tool.run(ctx, "set", "mountpoint="+stage, ds); err != nil {
+		return err
+	}
+	return m.patiently(ctx, func() error {
+		_, err := m.tool.run(ctx, "mount", ds)
+		return err
+	})
+}
+
+// asidePrefix is what the names of the directories begin with, among the private
+// mounts, where file systems are whose files are still open.
+const asidePrefix = "aside"
+
+// hideFromDaemon unmounts what is mounted at path. If files of it are open it is
+// moved out of sight instead, which works if the mount around it is not shared
+// (mount(2), EINVAL); else the error matches layerfs.ErrInUse.
+func (m *mechanism) hideFromDaemon(path string) error {
+	turn, err := unmountTurn()
+	if err != nil {
+		return err
+	}
+	defer turn.Close()
+	shown, err := mountsLike(path)
+	if err != nil || len(shown) == 0 {
+		return err
+	}
+	err = m.leave(path, shown)
+	if errors.Is(err, unix.EBUSY) {
+		return m.putAside(path, err)
+	}
+	if err != nil {
+		return err
+	}
+	for _, other := range shown {
+		if isAside(other.Mountpoint) {
+			return m.clearAside(other.Mountpoint)
+		}
+	}
+	return nil
+}
+
+func isAside(path string) bool { return strings.HasPrefix(filepath.Base(path), asidePrefix) }
+
+// clearAside unmounts a file system that was moved aside, if its files have been
+// closed since. The caller has the turn.
+func (m *mechanism) clearAside(path string) error {
+	shown, err := mountsLike(path)
+	if err != nil {
+		return err
+	}
+	if len(shown) > 0 {
+		if err = m.leave(path, shown); errors.Is(err, unix.EBUSY) {
+			return nil
+		}
+	}
+	return errors.Join(err, removeDir(path))
+}
+
+// clearAsides does so for all that are of a layer, whose lock is held.
+func (m *mechanism) clearAsides(id string) error {
+	if m.facts.Kernel {
+		return nil
+	}
+	paths, err := filepath.Glob(globQuote(m.state("views")) + "/*/" + asidePrefix + "*." + globQuote(id))
+	if err != nil || len(paths) == 0 {
+		return err
+	}
+	turn, err := unmountTurn()
+	if err != nil {
+		return err
+	}
+	defer turn.Close()
+	for _, path := range paths {
+		if err := m.clearAside(path); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// mountsLike returns all mounts of the file system that is mounted at path, that
+// one first.
+func mountsLike(path string) ([]mountinfo.Info, error) {
+	list, err := mount.Under("/")
+	if err != nil {
+		return nil, err
+	}
+	dir, err := filepath.EvalSymlinks(filepath.Dir(path))
+	if err != nil {
+		return nil, err
+	}
+	path = filepath.Join(dir, filepath.Base(path))
+	at := -1
+	for i, info := range list {
+		if info.Mountpoint == path {
+			at = i // the last one is on top
+		}
+	}
+	if at < 0 {
+		return nil, nil
+	}
+	shown := []mountinfo.Info{list[at]}
+	for i, info := range list {
+		if i != at && info.Major == list[at].Major && info.Minor == list[at].Minor {
+			shown = append(shown, info)
+		}
+	}
+	return shown, nil
+}
+
+// leave unmounts what is mounted at path. If that was the last mount of the file
+// system, the daemon has done with it afterwards.
+func (m *mechanism) leave(path string, shown []mountinfo.Info) error {
+	if len(shown) > 1 {
+		return mount.UnmountNow(path)
+	}
+	if err := answered(path, shown[0].Minor); err != nil {
+		return err
+	}
+	before := daemonFiles()
+	if err := mount.UnmountNow(path); err != nil {
+		return err
+	}
+	_, err := os.Stat(connection(shown[0].Minor))
+	if before == 0 || err == nil {
+		return nil // the daemon is in another process namespace, or the file system in another one of mounts
+	}
+	for end := time.Now().Add(settle); time.Now().Before(end); time.Sleep(look) {
+		if daemonFiles() < before && !daemonWorks() {
+			return nil
+		}
+	}
+	m.log.Warn("zfs-fuse does not notice an unmount", "path", path, "after", settle)
+	return nil
+}
+
+// connection is the directory of the connection of a FUSE file system.
+func connection(minor int) string { return filepath.Join(connections, strconv.Itoa(minor)) }
+
+// answered waits until the daemon has answered all that was asked of the file
+// system at path.
+func answered(path string, minor int) error {
+	waiting := filepath.Join(connection(minor), "waiting")
+	for end := time.Now().Add(settle); time.Now().Before(end); time.Sleep(look) {
+		b, err := os.ReadFile(waiting)
+		if err != nil {
+			// The control file system is not mounted. What is asked now comes
+			// after what was asked before.
+			var st unix.Statfs_t
+			err := unix.Statfs(path, &st)
+			if errors.Is(err, unix.ENOTCONN) {
+				return nil
+			}
+			return err
+		}
+		if strings.TrimSpace(string(b)) == "0" {
+			return nil
+		}
+	}
+	return fmt.Errorf("zfs-fuse does not answer for %s in %v", path, settle)
+}
+
+// putAside moves the file system mounted at path, which is busy, to where nobody
+// looks for it.
+func (m *mechanism) putAside(path string, busy error) error {
+	id := filepath.Base(path)
+	if m.views == nil {
+		return busy // New tries what works here; nobody else knows of this mount
+	}
+	if filepath.Dir(path) == m.views.dir {
+		_, id, _ = strings.Cut(id, ".")
+	}
+	aside := filepath.Join(m.views.dir, fmt.Sprintf("%s%d.%s", asidePrefix, m.serial.Add(1), id))
+	if err := os.Mkdir(aside, 0o700); err != nil {
+		return err
+	}
+	if err := unix.Mount(path, aside, "", unix.MS_MOVE, ""); err != nil {
+		return fmt.Errorf("%w: %w; move it aside: %w", layerfs.ErrInUse, busy, errors.Join(os.NewSyscallError("mount", err), removeDir(aside)))
+	}
+	return nil
+}
+
+// daemons returns the directories in /proc of the zfs-fuse daemons.
+func daemons() []string {
+	comms, err := filepath.Glob("/proc/[0-9]*/comm")
+	if err != nil {
+		return nil
+	}
+	var dirs []string
+	for _, comm := range comms {
+		if name, err := os.ReadFile(comm); err == nil && string(name) == "zfs-fuse\n" {
+			dirs = append(dirs, filepath.Dir(comm))
+		}
+	}
+	return dirs
+}
+
+// daemonFiles counts the file systems that zfs-fuse daemons serve, each by an
+// open file.
+func daemonFiles() (n int) {
+	for _, dir := range daemons() {
+		files, err := filepath.Glob(dir + "/fd/*")
+		if err != nil {
+			continue
+		}
+		for _, f := range files {
+			if to, err := os.Readlink(f); err == nil && to == "/dev/fuse" {
+				n++
+			}
+		}
+	}
+	return n
+}
+
+// daemonWorks reports whether a thread of a zfs-fuse daemon runs or waits for a
+// disk: between closing a descriptor and closing it again it does.
+func daemonWorks() bool {
+	for _, dir := range daemons() {
+		stats, err := filepath.Glob(dir + "/task/*/stat")
+		if err != nil {
+			continue
+		}
+		for _, stat := range stats {
+			b, err := os.ReadFile(stat)
+			if err != nil {
+				continue // it has ended
+			}
+			// "PID (NAME) STATE …", proc_pid_stat(5); the name may hold anything.
+			_, rest, ok := strings.Cut(string(b[strings.LastIndexByte(string(b), ')')+1:]), " ")
+			if ok && rest != "" && (rest[0] == 'R' || rest[0] == 'D') {
+				return true
+			}
+		}
+	}
+	return false
+}
