@@ -16,6 +16,7 @@ import (
 
 func TestMain(m *testing.M) {
 	crashChild()
+	faultChild()
 	userChild()
 	drivertest.Child(plain(), limited(), simple())
 	os.Exit(testenv.Main(m))

@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"sync/atomic"
 
 	"golang.org/x/sys/unix"
 
@@ -47,7 +48,7 @@ var (
 	_ lifecycle.IDDeleter     = (*mechanism)(nil)
 )
 
-// mechanism is immutable after New but for gone.
+// mechanism is immutable after New, but for its counter.
 type mechanism struct {
 	home     string
 	opts     Options
@@ -60,9 +61,22 @@ type mechanism struct {
 
 	subvolumes btrfs.Dir // of the layers
 
-	gone qgroups
+	fsid    btrfs.UUID    // of the file system
+	removed atomic.Uint64 // subvolumes, where there are qgroups
+	hooks
+}
 
-	noExchange bool // tests: as on kernels that cannot exchange subvolumes
+// hooks are for tests.
+type hooks struct {
+	noExchange bool         // as on kernels that cannot exchange subvolumes
+	fault      func(string) // called at the points of fault; may kill the process
+}
+
+// at marks a point where a crash leaves something that New has to mend.
+func (m *mechanism) at(point string) {
+	if m.fault != nil {
+		m.fault(point)
+	}
 }
 
 // name is what errors and Status call the driver.
@@ -75,9 +89,9 @@ const name = "btrfs"
 // quotas on; see [Options.Quotas]. The error matches [errors.ErrUnsupported] if
 // root is not on btrfs, and names the file system it is on; nothing but an
 // empty directory is left then.
-func New(root string, opts *Options) (*Driver, error) { return open(root, opts, false) }
+func New(root string, opts *Options) (*Driver, error) { return open(root, opts, hooks{}) }
 
-func open(root string, opts *Options, noExchange bool) (_ *Driver, err error) {
+func open(root string, opts *Options, tests hooks) (_ *Driver, err error) {
 	fail := func(err error) (*Driver, error) {
 		return nil, &layerfs.Error{Op: "open", Driver: name, Path: root, Err: err}
 	}
@@ -91,7 +105,7 @@ func open(root string, opts *Options, noExchange bool) (_ *Driver, err error) {
 	if err != nil {
 		return fail(err)
 	}
-	m := &mechanism{home: filepath.Join(root, name), opts: *opts, log: opts.Logger, noExchange: noExchange}
+	m := &mechanism{home: filepath.Join(root, name), opts: *opts, log: opts.Logger, hooks: tests}
 	if m.log == nil {
 		m.log = slog.New(slog.DiscardHandler)
 	}
@@ -141,11 +155,19 @@ func (m *mechanism) prepare() error {
 		return err
 	}
 	m.subvolumes = btrfs.Dir{F: f}
+	info, err := btrfs.ReadFSInfo(m.home)
+	if err != nil {
+		return err
+	}
+	m.fsid = info.UUID
+	if err := m.enableQuotas(); err != nil {
+		return err
+	}
 	if err := m.sweep(); err != nil {
 		return err
 	}
-	if err := m.enableQuotas(); err != nil {
-		return err
+	if m.quotas == nil {
+		m.collectQgroups(manyQgroups)
 	}
 	return m.describe()
 }
@@ -198,6 +220,13 @@ func (m *mechanism) trial(fn func(path string) error) error {
 	// With a file in it, it takes the ioctl and not just rmdir(2).
 	if werr := os.WriteFile(filepath.Join(path, "file"), nil, 0o600); werr != nil {
 		err = errors.Join(err, werr)
+	}
+	if m.quotas == nil {
+		info, ierr := btrfs.Info(path)
+		if ierr == nil {
+			ierr = m.noteQgroups([]uint64{info.ID})
+		}
+		err = errors.Join(err, ierr)
 	}
 	m.removal = btrfs.Destroy(path)
 	if m.removal == nil {

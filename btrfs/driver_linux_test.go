@@ -7,9 +7,11 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -108,12 +110,18 @@ func TestFrozenIsReadOnly(t *testing.T) {
 // tarOf returns a stream with one file.
 func tarOf(tb testing.TB, name string, size int) []byte {
 	tb.Helper()
+	b, err := tarWith(name, size)
+	require.NoError(tb, err)
+	return b
+}
+
+func tarWith(name string, size int) ([]byte, error) {
 	var b bytes.Buffer
 	w := tar.NewWriter(&b)
-	require.NoError(tb, w.WriteHeader(&tar.Header{Name: name, Mode: 0o644, Size: int64(size)}))
+	herr := w.WriteHeader(&tar.Header{Name: name, Mode: 0o644, Size: int64(size)})
 	_, err := w.Write(bytes.Repeat([]byte{1}, size))
-	require.NoError(tb, errors.Join(err, w.Close()))
-	return b.Bytes()
+	err = errors.Join(herr, err, w.Close())
+	return b.Bytes(), err
 }
 
 // TestApplyRollsBack: a stream that ends early changes nothing, to the inode.
@@ -267,6 +275,87 @@ func TestQuotaWhileRead(t *testing.T) {
 		}
 	}
 	require.NoError(t, d.Put(ctx, "top"))
+}
+
+// TestQgroupsLeft: a qgroup that could not go with its subvolume, as others share
+// the bytes, goes when the root is opened after that; those of other subvolumes,
+// and those another file system's ids name, stay.
+func TestQgroupsLeft(t *testing.T) {
+	testenv.RequireKernel(t, "6.7", "btrfs simple quotas")
+	root := newRoot(t, 512)
+	simple := &btrfs.Options{Quotas: btrfs.QuotasSimple}
+	d, err := btrfs.New(root, simple)
+	require.NoError(t, err)
+	noted := filepath.Join(root, "btrfs/.layerfs/qgroups")
+
+	// A layer and a subvolume of somebody else, whose bytes a third one shares.
+	keeper, theirs := filepath.Join(root, "keeper"), filepath.Join(root, "theirs")
+	require.NoError(t, errors.Join(ioctl.Create(keeper), ioctl.Create(theirs)))
+	path := fill(t, d, "ours", "", "data f 300000 1")
+	id := func(path string) uint64 {
+		info, err := ioctl.Info(path)
+		require.NoError(t, err)
+		return info.ID
+	}
+	ourID, theirID := id(path), id(theirs)
+	require.NoError(t, write(theirs+"/f", 300_000))
+	require.NoError(t, ioctl.Sync(root))
+	for _, from := range []string{path, theirs} {
+		out, err := exec.Command("cp", "--reflink=always", from+"/f", keeper+"/"+filepath.Base(from)).CombinedOutput()
+		require.NoError(t, err, "%s", out)
+	}
+	require.NoError(t, d.Remove(t.Context(), "ours"))
+	require.NoError(t, d.Close())
+	require.NoError(t, ioctl.Destroy(theirs))
+	qgroups := func(want ...uint64) {
+		t.Helper()
+		require.NoError(t, ioctl.Sync(root))
+		require.NoError(t, errors.Join(ioctl.WaitCleaned(t.Context(), root, ourID), ioctl.WaitCleaned(t.Context(), root, theirID)))
+		require.NoError(t, ioctl.Sync(root))
+		for _, id := range []uint64{ourID, theirID} {
+			_, err := ioctl.ReadQgroup(root, id)
+			if slices.Contains(want, id) {
+				require.NoError(t, err, id)
+			} else {
+				require.ErrorIs(t, err, fs.ErrNotExist, id)
+			}
+		}
+	}
+	qgroups(ourID, theirID)
+	open := func() {
+		t.Helper()
+		d, err := btrfs.New(root, simple)
+		require.NoError(t, err)
+		require.NoError(t, d.Close())
+	}
+	open()
+	qgroups(ourID, theirID) // it still counts something
+
+	require.NoError(t, errors.Join(os.RemoveAll(keeper+"/ours"), os.RemoveAll(keeper+"/theirs")))
+	require.NoError(t, ioctl.Sync(root))
+	qgroups(ourID, theirID) // nobody removes it
+
+	// As in a root that was copied from another file system, and half a line.
+	b, err := os.ReadFile(noted)
+	require.NoError(t, err)
+	foreign := fmt.Sprintf("\n%s %d\n", uuidOf(t, root, 1), theirID)
+	require.NoError(t, os.WriteFile(noted, append([]byte(foreign), append(b, fmt.Sprintf("\n%s %d", uuidOf(t, root, 0), theirID)...)...), 0o600))
+	open()
+	qgroups(theirID)
+	open()
+	qgroups(theirID)
+	b, err = os.ReadFile(noted)
+	require.NoError(t, err)
+	require.NotContains(t, string(b), fmt.Sprintf(" %d\n", ourID), "it is not looked at again")
+	require.NotContains(t, string(b), fmt.Sprint(" ", theirID))
+}
+
+// uuidOf returns the UUID of the file system, off by so much.
+func uuidOf(t *testing.T, root string, off byte) ioctl.UUID {
+	info, err := ioctl.ReadFSInfo(root)
+	require.NoError(t, err)
+	info.UUID[0] += off
+	return info.UUID
 }
 
 // TestQuotaInconsistent: limits hold while subvolumes are removed and cleaned

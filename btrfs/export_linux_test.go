@@ -30,4 +30,12 @@ func Native(ctx context.Context, d *Driver, id, base string) iter.Seq2[layerfs.C
 }
 
 // NewNoExchange is New as on a kernel that cannot exchange subvolumes.
-func NewNoExchange(root string, opts *Options) (*Driver, error) { return open(root, opts, true) }
+func NewNoExchange(root string, opts *Options) (*Driver, error) {
+	return open(root, opts, hooks{noExchange: true})
+}
+
+// NewFault is New of a driver that calls a function at each point where a crash
+// leaves something to mend.
+func NewFault(root string, noExchange bool, fault func(point string)) (*Driver, error) {
+	return open(root, &Options{Durability: layerfs.DurabilityNone}, hooks{noExchange, fault})
+}

@@ -57,6 +57,7 @@ func (m *mechanism) build(ctx context.Context, rec *lifecycle.Record, fill func(
 		return err
 	}
 	path := m.Path(rec.ID)
+	m.at("create: nothing but the note with the parent")
 	err = fill(path)
 	if errors.Is(err, fs.ErrExist) { // without a record, so a crash left it
 		if err := m.destroy(ctx, path); err != nil {
@@ -70,6 +71,7 @@ func (m *mechanism) build(ctx context.Context, rec *lifecycle.Record, fill func(
 	var u undo.Stack
 	defer u.Run(&err)
 	u.Push(func() error { return m.destroy(context.WithoutCancel(ctx), path) })
+	m.at("create: subvolume, no record")
 	if rec.MountLabel != "" {
 		if err := tree.Relabel(ctx, path, rec.MountLabel); err != nil {
 			return err
@@ -95,6 +97,7 @@ func (m *mechanism) DeletesByID(*lifecycle.Record) bool { return true }
 
 // Delete removes the subvolumes of a layer.
 func (m *mechanism) Delete(ctx context.Context, rec *lifecycle.Record) error {
+	m.at("remove: no record, subvolume")
 	// Left by a process that died; the mount would go with the subvolume.
 	st, err := m.State(rec.ID)
 	if err == nil && st.Mounted {
@@ -106,6 +109,7 @@ func (m *mechanism) Delete(ctx context.Context, rec *lifecycle.Record) error {
 	if !m.plainRemoval() || m.subvolumes.Destroy(rec.ID) != nil {
 		err = m.destroy(ctx, m.Path(rec.ID))
 	}
+	m.at("remove: neither")
 	if m.dir.NoBuild(rec.ID) {
 		return err
 	}
@@ -355,6 +359,7 @@ func (m *mechanism) aside(ctx context.Context, rec *lifecycle.Record, u *undo.St
 		return "", quotaError(err)
 	}
 	u.Push(func() error { return discard(build) })
+	m.at("aside: made")
 	return build, m.limit(ctx, build, rec, rec.Quota)
 }
 
@@ -365,6 +370,7 @@ func (m *mechanism) replace(ctx context.Context, rec *lifecycle.Record, build st
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
+	m.at("replace: the new one is whole")
 	if is {
 		// A read-only directory cannot be moved to another one.
 		if err := setReadOnly(path, false); err != nil {
@@ -374,6 +380,7 @@ func (m *mechanism) replace(ctx context.Context, rec *lifecycle.Record, build st
 	err = m.exchange(build, path)
 	switch {
 	case err == nil:
+		m.at("replace: exchanged")
 		if derr := m.destroy(context.WithoutCancel(ctx), build); derr != nil {
 			// It is what the next Apply or New removes.
 			m.log.Warn("the former subvolume is not removed", "driver", name, "layer", rec.ID, "error", derr)
@@ -386,12 +393,14 @@ func (m *mechanism) replace(ctx context.Context, rec *lifecycle.Record, build st
 		if err := m.destroy(context.WithoutCancel(ctx), path); err != nil {
 			return err
 		}
+		m.at("replace: the old one is gone")
 		if err := os.Rename(build, path); err != nil {
 			return err
 		}
 	default:
 		return err
 	}
+	m.at("replace: done, no record")
 	if rec.ReadOnly {
 		return setReadOnly(path, true)
 	}

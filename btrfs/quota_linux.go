@@ -4,8 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io/fs"
-	"sync"
 
 	"golang.org/x/sys/unix"
 
@@ -63,48 +61,6 @@ func (m *mechanism) consistent(ctx context.Context) error {
 	}
 	m.log.Info("qgroups were inconsistent and are counted anew", "driver", name, "path", m.home)
 	return btrfs.WaitRescan(ctx, m.home)
-}
-
-// qgroups are those of subvolumes that were removed, for the kernels that leave
-// them behind.
-type qgroups struct {
-	mu  sync.Mutex
-	ids []uint64 // guarded by mu
-}
-
-const (
-	// fewQgroups bounds what a removal does for earlier ones.
-	fewQgroups = 8
-	// manyQgroups bounds what is remembered. What is forgotten takes some
-	// hundred bytes of metadata.
-	manyQgroups = 4096
-)
-
-// clean removes qgroups that are not needed any more. One whose subvolume is not
-// wholly cleaned up yet, in the last commit, must stay: to remove it makes all
-// qgroups inconsistent, and lifts every limit (btrfs_remove_qgroup). So this is
-// about earlier removals. Since Linux 6.12 the kernel does it itself, and there
-// is nothing left to do here.
-func (q *qgroups) clean(home string, gone []uint64) {
-	q.mu.Lock()
-	defer q.mu.Unlock()
-	var keep []uint64
-	for i, id := range q.ids {
-		if i >= fewQgroups {
-			keep = append(keep, q.ids[i:]...)
-			break
-		}
-		switch g, err := btrfs.ReadQgroup(home, id); {
-		case errors.Is(err, fs.ErrNotExist):
-		case err == nil && g.Referenced == 0 && g.Exclusive == 0:
-			_ = btrfs.DestroyQgroup(home, id) // one that stays does no harm
-		default:
-			// It is looked at again after the others.
-			gone = append(gone, id)
-		}
-	}
-	keep = append(keep, gone...)
-	q.ids = keep[max(0, len(keep)-manyQgroups):]
 }
 
 // checkQuota reports why a layer cannot have a quota.

@@ -91,12 +91,16 @@ func (m *mechanism) destroy(ctx context.Context, path string) error {
 	if !is {
 		return os.RemoveAll(path)
 	}
-	ids, err := btrfs.DestroyAll(ctx, path)
+	var note func([]uint64) error
+	if m.quotas == nil {
+		note = m.noteQgroups
+	}
+	_, err = btrfs.DestroyAll(ctx, path, note)
 	if errors.Is(err, errors.ErrUnsupported) || errors.Is(err, unix.EROFS) {
 		err = emptyAndRemove(path)
 	}
 	if m.quotas == nil {
-		m.gone.clean(m.home, ids)
+		m.removedOne()
 	}
 	return err
 }
@@ -202,6 +206,7 @@ func (m *mechanism) snapshot(ctx context.Context, id string) (path string, relea
 		unlock()
 		return "", nil, err
 	}
+	m.at("changes: snapshot taken")
 	return path, func() error {
 		defer unlock()
 		return m.destroy(context.WithoutCancel(ctx), path)

@@ -104,7 +104,7 @@ func TestDestroyNested(t *testing.T) {
 	check(t, err)
 	info, err := Info(top + "/n2")
 	check(t, err)
-	ids, err := DestroyAll(t.Context(), top)
+	ids, err := DestroyAll(t.Context(), top, nil)
 	check(t, err)
 	require.Len(t, ids, 4)
 	require.NoDirExists(t, top)
@@ -144,7 +144,7 @@ func TestNestedMany(t *testing.T) {
 	nested, err := Nested(top)
 	check(t, err)
 	require.Len(t, nested, n)
-	ids, err := DestroyAll(t.Context(), top)
+	ids, err := DestroyAll(t.Context(), top, nil)
 	check(t, err)
 	require.Len(t, ids, n+1)
 }

@@ -237,8 +237,9 @@ func DestroyByID(fs *os.File, id uint64) error {
 // DestroyAll removes the subvolume at path and all that are nested in it, the
 // deepest first. It is not atomic: if it fails, nested ones may be gone, which
 // a second call completes. The ids of what was removed are returned, also with
-// an error, for [WaitCleaned].
-func DestroyAll(ctx context.Context, path string) ([]uint64, error) {
+// an error, for [WaitCleaned]. before, if it is not nil, gets the ids of all
+// before the first is removed, and may refuse.
+func DestroyAll(ctx context.Context, path string, before func(ids []uint64) error) ([]uint64, error) {
 	info, err := Info(path)
 	if err != nil {
 		return nil, err
@@ -246,6 +247,15 @@ func DestroyAll(ctx context.Context, path string) ([]uint64, error) {
 	nested, err := Nested(path)
 	if err != nil {
 		return nil, err
+	}
+	if before != nil {
+		ids := []uint64{info.ID}
+		for _, n := range nested {
+			ids = append(ids, n.ID)
+		}
+		if err := before(ids); err != nil {
+			return nil, err
+		}
 	}
 	var gone []uint64
 	for _, n := range nested {
@@ -562,6 +572,19 @@ func syncWait(f *os.File, id uint64) error {
 		}
 	}
 	return err
+}
+
+// Exists reports whether there is a subvolume of an id on the file system that
+// path is on, also one that was removed and is not wholly cleaned up. Ids are not
+// given again. It needs CAP_SYS_ADMIN.
+func Exists(path string, id uint64) (bool, error) {
+	f, err := openDir(path)
+	if err != nil {
+		return false, err
+	}
+	defer f.Close()
+	item, err := searchOne(f, treeRoot, id, itemRoot)
+	return item != nil, err
 }
 
 // PathOf returns the path of a subvolume below the top level of the file
