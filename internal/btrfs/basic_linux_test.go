@@ -366,6 +366,19 @@ func TestUsage(t *testing.T) {
 	require.ErrorIs(t, Snapshot(filepath.Join(mnt, "absent", "s"), mnt, true), fs.ErrNotExist)
 }
 
+// What the chunk tree and the devices tell is of one moment, whatever is written.
+func TestUsageWhileWritten(t *testing.T) {
+	mnt := mountBtrfs(t, 512)
+	done := make(chan error, 1)
+	go func() { done <- fill(filepath.Join(mnt, "f"), 70<<20) }()
+	for len(done) == 0 {
+		u, err := ReadUsage(mnt, true)
+		check(t, err)
+		require.True(t, u.agrees(), "%+v", u)
+	}
+	check(t, <-done)
+}
+
 // Nested subvolumes and their places do not exist for Changes.
 func TestChangesNested(t *testing.T) {
 	mnt := mountBtrfs(t, 256)

@@ -1,10 +1,10 @@
 package btrfs
 
 import (
+	"errors"
 	"fmt"
 	"os"
-
-	"errors"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -13,7 +13,9 @@ import (
 
 // ReadUsage returns how the file system at path is filled. Spaces and devices
 // need no privileges; the number of chunks, which costs a read of the chunk
-// tree, is only asked for with chunks and needs CAP_SYS_ADMIN.
+// tree, is only asked for with chunks and needs CAP_SYS_ADMIN. The kernel is asked
+// several things one after the other; with chunks they are asked again, a few
+// times, if a chunk was added or removed meanwhile.
 //
 // Kernel: BTRFS_IOC_SPACE_INFO, BTRFS_IOC_FS_INFO, BTRFS_IOC_DEV_INFO.
 func ReadUsage(path string, chunks bool) (*Usage, error) {
@@ -22,17 +24,34 @@ func ReadUsage(path string, chunks bool) (*Usage, error) {
 		return nil, err
 	}
 	defer f.Close()
-	u := &Usage{Balance: path}
-	if u.Spaces, err = spaces(f); err != nil {
-		return nil, err
+	const most = 7 // looks; the pauses between them are 63 ms in sum
+	for look := 1; ; look++ {
+		u := &Usage{Balance: path}
+		if u.Spaces, err = spaces(f); err != nil {
+			return nil, err
+		}
+		if u.Devices, err = devices(f); err != nil || !chunks {
+			return u, err
+		}
+		if err = countChunks(f, u); err != nil || u.agrees() || look == most {
+			return u, err
+		}
+		// A new chunk counts on its device before it is in the tree, for as long as
+		// the operation takes that needed it (btrfs_create_pending_block_groups).
+		time.Sleep(time.Millisecond << (look - 1))
 	}
-	if u.Devices, err = devices(f); err != nil {
-		return nil, err
+}
+
+// agrees reports whether the chunks are all that is allocated on the devices.
+func (u *Usage) agrees() bool {
+	var chunks, devices int64
+	for _, s := range u.Spaces {
+		chunks += s.OnDevices
 	}
-	if chunks {
-		err = countChunks(f, u)
+	for _, d := range u.Devices {
+		devices += d.Allocated
 	}
-	return u, err
+	return chunks == devices
 }
 
 func spaces(f *os.File) ([]Space, error) {
