@@ -67,7 +67,7 @@ type message struct {
 	Name string
 	Conn int
 	Seq  uint64
-	Argv []string
+	Argv [][]byte
 }
 
 const (
@@ -736,7 +736,11 @@ func (k *keeper) handle(w *worker, m message, fds []int) {
 	case opNext:
 		k.next, k.ready = true, true
 		if len(m.Argv) > 0 {
-			k.start = program{m.Argv[0], append(m.Argv[:len(m.Argv):len(m.Argv)], Arg, roleWork, k.dir)}
+			var argv []string
+			for _, a := range m.Argv {
+				argv = append(argv, string(a))
+			}
+			k.start = program{argv[0], append(argv, Arg, roleWork, k.dir)}
 		}
 	}
 	CloseAll(fds)

@@ -1,6 +1,7 @@
 package keeper
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -32,6 +33,7 @@ type order struct {
 	Argv   []string
 	Exit   int
 	Items  map[string]string // answer to list
+	Bytes  []byte
 	PID    int
 	Keeper int
 	Err    string
@@ -807,7 +809,7 @@ func TestBigMessage(t *testing.T) {
 	require.NoError(t, err)
 	defer cb.Close()
 	for _, n := range []int{0, maxInline - 100, maxInline, 10 << 20} {
-		want := order{Text: strings.Repeat("\xff", n)}
+		want := order{Bytes: bytes.Repeat([]byte("\xff"), max(n*3/4, 1))}
 		null, err := os.Open(os.DevNull)
 		require.NoError(t, err)
 		require.NoError(t, ca.Send(want, int(null.Fd()), int(null.Fd())))

@@ -1,8 +1,7 @@
 package keeper
 
 import (
-	"bytes"
-	"encoding/gob"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -48,8 +47,7 @@ func (c *Conn) Close() error { return c.c.Close() }
 // SetDeadline bounds sends and receives; the zero time ends that.
 func (c *Conn) SetDeadline(t time.Time) error { return c.c.SetDeadline(t) }
 
-// Send sends a message as a gob: paths are bytes, which JSON strings are not,
-// and fields may be added later.
+// Send sends a message, as Marshal has it.
 func (c *Conn) Send(v any, fds ...int) error {
 	body, err := Marshal(v)
 	if err != nil {
@@ -120,15 +118,14 @@ func (c *Conn) Recv(v any) (_ []int, err error) {
 	return fds, Unmarshal(body, v)
 }
 
-// Marshal encodes a value.
-func Marshal(v any) ([]byte, error) {
-	var b bytes.Buffer
-	err := gob.NewEncoder(&b).Encode(v)
-	return b.Bytes(), err
-}
+// Marshal encodes a value as JSON, to which fields may be added later. Strings must
+// be UTF-8, which paths need not be: they go as []byte. (A gob has strings of
+// bytes, but its types are compiled for each message, which takes as long as
+// all else a mount does.)
+func Marshal(v any) ([]byte, error) { return json.Marshal(v) }
 
 // Unmarshal decodes what Marshal encoded.
-func Unmarshal(b []byte, v any) error { return gob.NewDecoder(bytes.NewReader(b)).Decode(v) }
+func Unmarshal(b []byte, v any) error { return json.Unmarshal(b, v) }
 
 func received(oob []byte) (fds []int, err error) {
 	if len(oob) == 0 {

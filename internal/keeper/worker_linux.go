@@ -445,6 +445,10 @@ func (w *Worker) DropLater(name string) error {
 // matches [ErrNoKeeper] if there is none that has all: the worker must not end
 // then.
 func (w *Worker) Next(argv []string) error {
+	next := message{Op: opNext}
+	for _, a := range argv {
+		next.Argv = append(next.Argv, []byte(a))
+	}
 	enough := time.NewTimer(w.silence)
 	defer enough.Stop()
 	for {
@@ -459,7 +463,7 @@ func (w *Worker) Next(argv []string) error {
 		case <-enough.C:
 			return ErrNoKeeper
 		}
-		err = w.tellOn(l, message{Op: opNext, Argv: argv})
+		err = w.tellOn(l, next)
 		if errors.Is(err, ErrNoKeeper) {
 			<-l.lost
 			continue

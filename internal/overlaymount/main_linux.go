@@ -2,7 +2,7 @@ package overlaymount
 
 import (
 	"context"
-	"encoding/gob"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
@@ -88,7 +88,7 @@ func serve() error {
 	if err := unix.SetNonblock(ask.DeviceFD, true); err != nil {
 		return os.NewSyscallError("fcntl", err)
 	}
-	in, out := gob.NewDecoder(conn), gob.NewEncoder(conn)
+	in, out := json.NewDecoder(conn), json.NewEncoder(conn)
 	var req ask.Request
 	if err := in.Decode(&req); err != nil {
 		return err
@@ -110,7 +110,7 @@ func serve() error {
 
 // mounted begins to serve. If the caller ends before it has mounted, there is
 // nothing to be served; if it ends right after that, others will find the mount.
-func mounted(in *gob.Decoder, out *gob.Encoder, req *ask.Request, fs *unionfs.FS) (*fusesrv.Server, error) {
+func mounted(in *json.Decoder, out *json.Encoder, req *ask.Request, fs *unionfs.FS) (*fusesrv.Server, error) {
 	cfg := serverConfig(&req.Plan, fs)
 	var a ask.Answer
 	a.Mount.Source, a.Mount.FSType, a.Mount.Flags, a.Mount.Data = cfg.MountCall(req.Device)

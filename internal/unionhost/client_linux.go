@@ -189,7 +189,7 @@ func (c *Client) call(ctx context.Context, req *request) (ans answer, err error)
 
 // Insert puts a branch into the union on target, at an index; -1: at the end.
 func (c *Client) Insert(ctx context.Context, target string, at int, b Branch) error {
-	req := &request{Op: opInsert, Target: target, At: at, Branch: b}
+	req := &request{Op: opInsert, Target: []byte(target), At: at, Branch: b}
 	if at < 0 {
 		req.Op = opAppend
 	}
@@ -206,31 +206,31 @@ func (c *Client) Insert(ctx context.Context, target string, at int, b Branch) er
 
 // Modify changes the permission of a branch.
 func (c *Client) Modify(ctx context.Context, target string, b Branch) error {
-	_, err := c.call(ctx, &request{Op: opModify, Target: target, Branch: b})
+	_, err := c.call(ctx, &request{Op: opModify, Target: []byte(target), Branch: b})
 	return err
 }
 
 // Delete takes a branch away.
 func (c *Client) Delete(ctx context.Context, target, path string) error {
-	_, err := c.call(ctx, &request{Op: opDelete, Target: target, Branch: Branch{Path: path}})
+	_, err := c.call(ctx, &request{Op: opDelete, Target: []byte(target), Branch: Branch{Path: path}})
 	return err
 }
 
 // Branches returns the branches of a union.
 func (c *Client) Branches(ctx context.Context, target string) ([]Branch, error) {
-	ans, err := c.call(ctx, &request{Op: opBranches, Target: target})
+	ans, err := c.call(ctx, &request{Op: opBranches, Target: []byte(target)})
 	return ans.Branches, err
 }
 
 // Flush makes pseudo-links real.
 func (c *Client) Flush(ctx context.Context, target string) error {
-	_, err := c.call(ctx, &request{Op: opFlush, Target: target})
+	_, err := c.call(ctx, &request{Op: opFlush, Target: []byte(target)})
 	return err
 }
 
 // Sync returns when direct changes of branches show.
 func (c *Client) Sync(ctx context.Context, target string) error {
-	_, err := c.call(ctx, &request{Op: opSync, Target: target})
+	_, err := c.call(ctx, &request{Op: opSync, Target: []byte(target)})
 	return err
 }
 
@@ -253,14 +253,18 @@ func (c *Client) Replace(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	_, err = c.call(ctx, &request{Op: opReplace, Argv: argv})
+	req := &request{Op: opReplace}
+	for _, a := range argv {
+		req.Argv = append(req.Argv, []byte(a))
+	}
+	_, err = c.call(ctx, req)
 	return err
 }
 
 // Wait returns when what was mounted on a target, and is not any more, has let
 // its branches go, or is known to be still in use.
 func (c *Client) Wait(ctx context.Context, target string) error {
-	_, err := c.call(ctx, &request{Op: opWait, Target: target})
+	_, err := c.call(ctx, &request{Op: opWait, Target: []byte(target)})
 	if errors.Is(err, ErrNotServed) {
 		return nil
 	}

@@ -1,6 +1,7 @@
 package unionhost
 
 import (
+	"encoding/json"
 	"errors"
 	"syscall"
 )
@@ -31,7 +32,7 @@ type Info struct {
 	Version int // of the calls; see Version
 	PID     int // of the worker
 	Keeper  int // of the process that starts another; 0 if there is none
-	Mounts  []string
+	Mounts  [][]byte
 }
 
 // Version is that of the calls and of the state. It is raised when an earlier
@@ -47,14 +48,14 @@ type request struct {
 	// Retry says that the call may have been done already, by a worker that was
 	// killed before it said so.
 	Retry  bool
-	Target string
+	Target []byte
 	Config *Config
 	At     int
 	Branch Branch
 	Is     place   // of the branch
 	Are    []place // of the branches
 	Conn   int
-	Argv   []string
+	Argv   [][]byte
 }
 
 // place is which directory a path leads to, for whoever asks. It need not be the
@@ -119,3 +120,62 @@ const (
 	errnoNotServed = syscall.ENXIO           // ErrNotServed
 	errnoLater     = syscall.EPROTONOSUPPORT // the call is of a later version
 )
+
+// Paths are bytes, and the strings of a message are not.
+
+// MarshalJSON implements json.Marshaler.
+func (b Branch) MarshalJSON() ([]byte, error) {
+	return json.Marshal(wireBranch{[]byte(b.Path), b.Perm})
+}
+
+// UnmarshalJSON implements json.Unmarshaler.
+func (b *Branch) UnmarshalJSON(text []byte) error {
+	var w wireBranch
+	err := json.Unmarshal(text, &w)
+	*b = Branch{string(w.Path), w.Perm}
+	return err
+}
+
+type wireBranch struct {
+	Path []byte
+	Perm string
+}
+
+// MarshalJSON implements json.Marshaler.
+func (c Config) MarshalJSON() ([]byte, error) {
+	return json.Marshal(wireConfig{plainConfig(c), []byte(c.Target)})
+}
+
+// UnmarshalJSON implements json.Unmarshaler.
+func (c *Config) UnmarshalJSON(text []byte) error {
+	var w wireConfig
+	err := json.Unmarshal(text, &w)
+	*c = Config(w.plainConfig)
+	c.Target = string(w.Target)
+	return err
+}
+
+type plainConfig Config
+
+type wireConfig struct {
+	plainConfig
+	Target []byte // in place of the other one
+}
+
+// MarshalJSON implements json.Marshaler.
+func (r Repaired) MarshalJSON() ([]byte, error) {
+	return json.Marshal(wireRepaired{[]byte(r.Branch), []byte(r.Path), r.Action})
+}
+
+// UnmarshalJSON implements json.Unmarshaler.
+func (r *Repaired) UnmarshalJSON(text []byte) error {
+	var w wireRepaired
+	err := json.Unmarshal(text, &w)
+	*r = Repaired{string(w.Branch), string(w.Path), w.Action}
+	return err
+}
+
+type wireRepaired struct {
+	Branch, Path []byte
+	Action       string
+}

@@ -3,7 +3,7 @@ package ask
 import (
 	"bytes"
 	"context"
-	"encoding/gob"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
@@ -83,7 +83,7 @@ func Mount(ctx context.Context, program string, p *Plan) (err error) {
 			err = errors.Join(cause, err)
 		}
 	}()
-	in, out := gob.NewDecoder(conn), gob.NewEncoder(conn)
+	in, out := json.NewDecoder(conn), json.NewEncoder(conn)
 	call, err := exchange(in, out, Request{*p, fd})
 	if err != nil {
 		return err
@@ -101,7 +101,7 @@ func Mount(ctx context.Context, program string, p *Plan) (err error) {
 	return nil
 }
 
-func exchange(in *gob.Decoder, out *gob.Encoder, v any) (Call, error) {
+func exchange(in *json.Decoder, out *json.Encoder, v any) (Call, error) {
 	var a Answer
 	if err := out.Encode(v); err != nil {
 		return a.Mount, fmt.Errorf("the server has ended: %w", err)

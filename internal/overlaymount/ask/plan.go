@@ -1,6 +1,7 @@
 package ask
 
 import (
+	"encoding/json"
 	"errors"
 	"fmt"
 	"path/filepath"
@@ -150,4 +151,34 @@ func (p *Plan) absolute() (err error) {
 		}
 	}
 	return nil
+}
+
+// MarshalJSON implements json.Marshaler: paths are bytes, and strings of JSON are
+// not.
+func (p Plan) MarshalJSON() ([]byte, error) {
+	w := wirePlan{plainPlan: plainPlan(p), Target: []byte(p.Target), Upper: []byte(p.Upper)}
+	for _, dir := range p.Lowers {
+		w.Lowers = append(w.Lowers, []byte(dir))
+	}
+	return json.Marshal(w)
+}
+
+// UnmarshalJSON implements json.Unmarshaler.
+func (p *Plan) UnmarshalJSON(b []byte) error {
+	var w wirePlan
+	err := json.Unmarshal(b, &w)
+	*p = Plan(w.plainPlan)
+	p.Target, p.Upper, p.Lowers = string(w.Target), string(w.Upper), nil
+	for _, dir := range w.Lowers {
+		p.Lowers = append(p.Lowers, string(dir))
+	}
+	return err
+}
+
+type plainPlan Plan
+
+type wirePlan struct {
+	plainPlan
+	Target, Upper []byte // in place of the others
+	Lowers        [][]byte
 }

@@ -1,6 +1,7 @@
 package ask
 
 import (
+	"encoding/json"
 	"testing"
 
 	"github.com/stretchr/testify/assert"
@@ -61,6 +62,7 @@ func TestParse(t *testing.T) {
 func FuzzEscapes(f *testing.F) {
 	f.Add("/a", "/b:c", `/u\`)
 	f.Add(",", `\,`, ":=")
+	f.Add("\xff", "\n", "\u2028\x80")
 	f.Fuzz(func(t *testing.T, a, b, upper string) {
 		o := mount.Overlay{Lowers: []string{a, b}, Upper: upper, Work: "/w", UserXattr: true}
 		if a == "" || b == "" || upper == "" || o.Validate() != nil {
@@ -68,6 +70,13 @@ func FuzzEscapes(f *testing.F) {
 		}
 		got, err := Parse([]string{"-o", o.Data(), "/t"})
 		require.NoError(t, err)
-		require.Equal(t, Plan{Target: "/t", Lowers: o.Lowers, Upper: upper, UserXattr: true}, *got)
+		want := Plan{Target: "/t", Lowers: o.Lowers, Upper: upper, UserXattr: true}
+		require.Equal(t, want, *got)
+		// On its way to the server it stays the same.
+		sent, err := json.Marshal(got)
+		require.NoError(t, err)
+		var arrived Plan
+		require.NoError(t, json.Unmarshal(sent, &arrived))
+		require.Equal(t, want, arrived)
 	})
 }
