@@ -135,7 +135,8 @@ func (t *tool) start(ctx context.Context, held []*os.File, in io.Reader, out io.
 	cmd.WaitDelay = grace
 	fail := func(err error) error {
 		name := program[strings.LastIndexByte(program, '/')+1:]
-		var failed error = &CommandError{Args: append([]string{name}, args...), Stderr: strings.TrimSpace(stderr.String()), Err: err}
+		said, _, _ := strings.Cut(strings.TrimSpace(stderr.String()), "\nusage:") // a list of all it can do
+		var failed error = &CommandError{Args: append([]string{name}, args...), Stderr: said, Err: err}
 		if says(failed, textSuspended) {
 			failed = fmt.Errorf("pool %s: %w: %w", t.pool, ErrSuspended, failed)
 		}

@@ -45,8 +45,9 @@ const (
 )
 
 const (
-	// fuseLimit is how long a test may take; most need a second.
-	fuseLimit = time.Minute
+	// fuseLimit is how long a test may take; most need a second, if they get a
+	// processor.
+	fuseLimit = 2 * time.Minute
 
 	// fuseGrace is how much longer its processes may take to say why.
 	fuseGrace = 15 * time.Second
