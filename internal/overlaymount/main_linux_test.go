@@ -168,6 +168,7 @@ func TestCallerKilled(t *testing.T) {
 	if testing.Short() {
 		rounds = 15
 	}
+	takes := time.Duration(0) // a mount; known after the first round
 	for round := range rounds {
 		p := newPlan(t)
 		cmd := exec.Command(own, "-test.run=^TestCaller$")
@@ -177,7 +178,16 @@ func TestCallerKilled(t *testing.T) {
 		require.NoError(t, cmd.Start())
 		_, err = ready.Read(make([]byte, 1))
 		require.NoError(t, err)
-		time.Sleep(time.Duration(round) * 500 * time.Microsecond)
+		if round == 0 {
+			began := time.Now()
+			require.Eventually(t, func() bool {
+				mounted, err := mount.IsMountPoint(p.Target)
+				return err == nil && mounted
+			}, 20*time.Second, 100*time.Microsecond)
+			takes = time.Since(began)
+		} else {
+			time.Sleep(takes * 3 / 2 * time.Duration(round-1) / time.Duration(rounds))
+		}
 		require.NoError(t, cmd.Process.Kill())
 		_ = cmd.Wait()
 		infos, err := mount.Under(p.Target)
