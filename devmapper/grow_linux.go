@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"runtime"
 
 	"golang.org/x/sys/unix"
 
@@ -48,7 +49,8 @@ type xfsGrowData struct {
 	_      uint32
 }
 
-// xfsGeometry is struct xfs_fsop_geom_v1, fs/xfs/libxfs/xfs_fs.h.
+// xfsGeometry is struct xfs_fsop_geom, fs/xfs/libxfs/xfs_fs.h, Linux 5.2; its
+// older forms have other sizes on other machines.
 type xfsGeometry struct {
 	BlockSize, ExtentSize, AGBlocks, AGCount   uint32
 	LogBlocks, SectorSize, InodeSize, IMax     uint32
@@ -57,20 +59,26 @@ type xfsGeometry struct {
 	SUnit, SWidth                              uint32
 	Version                                    int32
 	Flags, LogSectorSize, RTSectorSize, DirBlk uint32
-	_                                          uint32
+	LogSUnit, Sick, Checked                    uint32
+	_                                          [17]uint64
 }
 
 func growXFS(dir *os.File, blocks uint64) error {
 	var g xfsGeometry
-	// XFS_IOC_FSGEOMETRY_V1: _IOR('X', 100, struct xfs_fsop_geom_v1), 112 bytes.
-	if err := sys.Ioctl(dir, "XFS_IOC_FSGEOMETRY", 2<<30|112<<16|'X'<<8|100, &g); err != nil {
+	// XFS_IOC_FSGEOMETRY: _IOR('X', 126, struct xfs_fsop_geom), 256 bytes.
+	if err := sys.Ioctl(dir, "XFS_IOC_FSGEOMETRY", 2<<30|256<<16|'X'<<8|126, &g); err != nil {
 		return err
 	}
 	if g.DataBlocks >= blocks {
 		return nil
 	}
-	// XFS_IOC_FSGROWFSDATA: _IOW('X', 110, struct xfs_growfs_data).
-	return sys.Ioctl(dir, "XFS_IOC_FSGROWFSDATA", sys.IOW[xfsGrowData]('X', 110), &xfsGrowData{Blocks: blocks, IMax: g.IMax})
+	// XFS_IOC_FSGROWFSDATA: _IOW('X', 110, struct xfs_growfs_data), which
+	// alone on i386 has no padding at its end.
+	size := uint(16)
+	if runtime.GOARCH == "386" {
+		size = 12
+	}
+	return sys.Ioctl(dir, "XFS_IOC_FSGROWFSDATA", 1<<30|size<<16|'X'<<8|110, &xfsGrowData{Blocks: blocks, IMax: g.IMax})
 }
 
 // SetQuota sets the size of a layer, which can only grow: at once if it is
