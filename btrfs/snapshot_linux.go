@@ -93,7 +93,13 @@ func (m *mechanism) destroy(ctx context.Context, path string) error {
 	}
 	var note func([]uint64) error
 	if m.quotas == nil {
-		note = m.noteQgroups
+		note = func(ids []uint64) error {
+			// A full disk must not keep anybody from removing something.
+			if err := m.noteQgroups(ids); err != nil {
+				m.log.Warn("qgroups of a removed subvolume are not noted", "driver", name, "path", path, "error", err)
+			}
+			return nil
+		}
 	}
 	_, err = btrfs.DestroyAll(ctx, path, note)
 	if errors.Is(err, errors.ErrUnsupported) || errors.Is(err, unix.EROFS) {

@@ -1,6 +1,7 @@
 package layerdir
 
 import (
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -209,6 +210,11 @@ func (f folder) few(n int) map[string]bool {
 	}
 	return names
 }
+
+func noSpace(err error) bool { return errors.Is(err, unix.ENOSPC) }
+
+// settle writes back the whole file system.
+func (f folder) settle() error { return f.err("syncfs", ".", unix.Syncfs(f.fd)) }
 
 // sync makes the names in the folder durable.
 func (f folder) sync() error { return f.err("fsync", ".", unix.Fsync(f.fd)) }

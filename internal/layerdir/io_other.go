@@ -89,6 +89,11 @@ func (f folder) state() (state, bool) { return state{}, false }
 
 func (f folder) few(int) map[string]bool { return nil }
 
+// noSpace and settle are for file systems of Linux.
+func noSpace(error) bool { return false }
+
+func (f folder) settle() error { return errors.ErrUnsupported }
+
 // sync makes the names in the folder durable.
 func (f folder) sync() error { return syncDir(f.path) }
 

@@ -162,6 +162,12 @@ func (d *Dir) store(rec *Record, write func([]byte) (stamp, error)) error {
 		return err
 	}
 	at, err := write(b)
+	if noSpace(err) && d.root.settle() == nil {
+		// What was freed can often only be used after a commit, and what is being
+		// written has reserved more than it will need: on btrfs with qgroups this is
+		// how a record fails right after a full disk was emptied.
+		at, err = write(b)
+	}
 	if err != nil {
 		return err
 	}
