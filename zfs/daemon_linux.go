@@ -226,7 +226,8 @@ func (m *mechanism) leave(path string, shown []mountinfo.Info) error {
 	if err := answered(path, shown[0].Minor); err != nil {
 		return err
 	}
-	before := daemonFiles()
+	all := daemons()
+	before := all.files()
 	if err := mount.UnmountNow(path); err != nil {
 		return err
 	}
@@ -235,7 +236,7 @@ func (m *mechanism) leave(path string, shown []mountinfo.Info) error {
 		return nil // the daemon is in another process namespace, or the file system in another one of mounts
 	}
 	for end := time.Now().Add(settle); time.Now().Before(end); time.Sleep(look) {
-		if daemonFiles() < before && !daemonWorks() {
+		if all.files() < before && !all.work() {
 			return nil
 		}
 	}
@@ -289,25 +290,27 @@ func (m *mechanism) putAside(path string, busy error) error {
 	return nil
 }
 
-// daemons returns the directories in /proc of the zfs-fuse daemons.
-func daemons() []string {
+// processes are directories in /proc.
+type processes []string
+
+// daemons returns the zfs-fuse daemons.
+func daemons() processes {
 	comms, err := filepath.Glob("/proc/[0-9]*/comm")
 	if err != nil {
 		return nil
 	}
-	var dirs []string
+	var all processes
 	for _, comm := range comms {
 		if name, err := os.ReadFile(comm); err == nil && string(name) == "zfs-fuse\n" {
-			dirs = append(dirs, filepath.Dir(comm))
+			all = append(all, filepath.Dir(comm))
 		}
 	}
-	return dirs
+	return all
 }
 
-// daemonFiles counts the file systems that zfs-fuse daemons serve, each by an
-// open file.
-func daemonFiles() (n int) {
-	for _, dir := range daemons() {
+// files counts the file systems that daemons serve, each by an open file.
+func (all processes) files() (n int) {
+	for _, dir := range all {
 		files, err := filepath.Glob(dir + "/fd/*")
 		if err != nil {
 			continue
@@ -321,10 +324,10 @@ func daemonFiles() (n int) {
 	return n
 }
 
-// daemonWorks reports whether a thread of a zfs-fuse daemon runs or waits for a
-// disk: between closing a descriptor and closing it again it does.
-func daemonWorks() bool {
-	for _, dir := range daemons() {
+// work reports whether a thread of a daemon runs or waits for a disk: between
+// closing a descriptor and closing it again it does.
+func (all processes) work() bool {
+	for _, dir := range all {
 		stats, err := filepath.Glob(dir + "/task/*/stat")
 		if err != nil {
 			continue
