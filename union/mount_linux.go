@@ -232,7 +232,8 @@ func (h *Handle) Delete(ctx context.Context, path string) error {
 }
 
 // Modify changes the permission of a branch: EBUSY if it is to become
-// read-only while a file on it is open for writing.
+// read-only while a file on it is open for writing, or has been open without
+// a pause since it was.
 func (h *Handle) Modify(ctx context.Context, path string, perm Perm) error {
 	s, err := Branch{path, perm}.spec()
 	if err != nil {

@@ -30,6 +30,9 @@ type inode struct {
 type backing struct {
 	id   int32
 	file *unionfs.File // nil: one that is not current, of an earlier process
+	// lent: file has the descriptor of an open file that may write. It goes
+	// when nobody has the inode open, so that no branch seems to be in use.
+	lent bool
 }
 
 func (b *backing) current() bool { return b.file != nil && b.file.Current() }
@@ -146,8 +149,9 @@ func (s *Server) closeBacking(b *backing) {
 
 // pass gives i a backing for its node's present file and counts an open. ok is
 // false if this file cannot be passed through; ESTALE says that the inode is
-// open with another file.
-func (s *Server) pass(i *inode) (id int32, ok bool, st fuse.Status) {
+// open with another file. have, if not nil, is an open file of the node, which
+// spares opening another.
+func (s *Server) pass(i *inode, have *unionfs.File) (id int32, ok bool, st fuse.Status) {
 	if s.noPass.Load() {
 		return 0, false, fuse.OK
 	}
@@ -169,8 +173,11 @@ func (s *Server) pass(i *inode) (id int32, ok bool, st fuse.Status) {
 		s.nBacked--
 		s.mu.Unlock()
 	}
-	f, err := s.fs.OpenFile(i.n, unix.O_RDONLY, false)
-	if err != nil {
+	var f *unionfs.File
+	var err error
+	if have != nil && have.Current() {
+		f = have.Share()
+	} else if f, err = s.fs.OpenFile(i.n, unix.O_RDONLY, false); err != nil {
 		return 0, false, status(err)
 	}
 	bid, err := sys.FuseBackingOpen(s.fd, f.FD())
@@ -186,7 +193,7 @@ func (s *Server) pass(i *inode) (id int32, ok bool, st fuse.Status) {
 		}
 		return 0, false, fuse.OK
 	}
-	i.back = &backing{id: bid, file: f}
+	i.back = &backing{id: bid, file: f, lent: f.Lent()}
 	s.saveBacking(i)
 	i.open++
 	i.used = true
@@ -277,9 +284,19 @@ func (s *Server) handle(fh uint64) *handle {
 
 func (h *handle) close() {
 	if h.pass {
+		var b *backing
 		h.i.mu.Lock()
 		h.i.open--
+		if h.i.open == 0 && h.i.back != nil && h.i.back.lent {
+			b, h.i.back = h.i.back, nil
+		}
 		h.i.mu.Unlock()
+		if b != nil {
+			h.s.mu.Lock()
+			h.s.nBacked--
+			h.s.mu.Unlock()
+			h.s.closeBacking(b)
+		}
 	}
 	h.mu.Lock()
 	f := h.file

@@ -401,7 +401,7 @@ func (s *Server) opened(h *handle, direct bool, out *fuse.OpenOut) fuse.Status {
 	if direct {
 		out.OpenFlags |= fuse.FOPEN_DIRECT_IO | fuse.FOPEN_PARALLEL_DIRECT_WRITES
 	} else {
-		id, ok, code := s.pass(h.i)
+		id, ok, code := s.pass(h.i, h.file)
 		if !code.Ok() {
 			return code
 		}

@@ -145,6 +145,7 @@ func newServer(cfg Config) *Server {
 		s.log = slog.New(slog.DiscardHandler)
 	}
 	s.noPass.Store(cfg.NoPassthrough)
+	s.fs.KeepListings(cfg.UDBA == Notify || cfg.UDBA == None)
 	root := &inode{id: fuse.FUSE_ROOT_ID, n: s.fs.Root(), nlookup: 1}
 	s.ids[root.id], s.byNode[root.n] = root, root
 

@@ -17,6 +17,7 @@ type File struct {
 	br    *Branch
 	write bool
 	refs  atomic.Int32
+	of    *File // whose descriptor this is; nil: it has its own
 }
 
 // FD returns the descriptor, valid until Close.
@@ -24,6 +25,9 @@ func (f *File) FD() int { return f.fd }
 
 // Node returns what is open.
 func (f *File) Node() *Node { return f.node }
+
+// Lent reports whether f's descriptor is another file's.
+func (f *File) Lent() bool { return f.of != nil }
 
 // Current reports whether the file still is what its node stands for: it is
 // not after the node was copied up.
@@ -47,9 +51,21 @@ func (f *File) get() bool {
 }
 
 func (f *File) put() {
-	if f.refs.Add(-1) == 0 {
-		unix.Close(f.fd)
+	if f.refs.Add(-1) != 0 {
+		return
 	}
+	if f.of != nil {
+		f.of.put()
+		return
+	}
+	unix.Close(f.fd)
+}
+
+// Share returns another open file with f's descriptor, which counts as open for
+// reading whatever f may do. The caller has not closed f.
+func (f *File) Share() *File {
+	f.refs.Add(1)
+	return f.fs.addFile(&File{fs: f.fs, node: f.node, fd: f.fd, br: f.br, of: f})
 }
 
 // Close closes the file. Calls that run on it end first.
@@ -81,15 +97,18 @@ func (n *Node) anyFile() *File {
 }
 
 func (fs *FS) newFile(n *Node, fd int, br *Branch, write bool) *File {
-	f := &File{fs: fs, node: n, fd: fd, br: br, write: write}
+	return fs.addFile(&File{fs: fs, node: n, fd: fd, br: br, write: write})
+}
+
+func (fs *FS) addFile(f *File) *File {
 	f.refs.Store(1)
-	br.files.Add(1)
-	if write {
-		br.wopen.Add(1)
-		n.writers.Add(1)
+	f.br.files.Add(1)
+	if f.write {
+		f.br.wopen.Add(1)
+		f.node.writers.Add(1)
 	}
 	fs.tabMu.Lock()
-	n.files = append(n.files, f)
+	f.node.files = append(f.node.files, f)
 	fs.tabMu.Unlock()
 	return f
 }

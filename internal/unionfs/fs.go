@@ -63,9 +63,11 @@ type FS struct {
 	log         *slog.Logger
 	maxFDs      int
 	canSetCreds bool
-	resume      *Resume
-	copiedUp    func(n *Node, dev, ino uint64)
-	uid, gid    uint32
+	// keepListings: direct changes of read-only branches are reported.
+	keepListings bool
+	resume       *Resume
+	copiedUp     func(n *Node, dev, ino uint64)
+	uid, gid     uint32
 
 	stackMu sync.RWMutex // every operation holds it shared
 	stack   []*Branch
@@ -83,6 +85,7 @@ type FS struct {
 	plinks  map[key]*plink // by lower key
 	plinkUp map[key]*plink // by upper key
 	hid     map[key]uint32 // hidden names of lower files; nil: none
+	indexed int            // names in indexes of directories
 
 	hideMu  sync.RWMutex // shared while a name of a hard-linked lower file is hidden
 	counted atomic.Bool  // hid is complete
@@ -308,6 +311,7 @@ func (fs *FS) free(n *Node) *Node {
 		return nil
 	}
 	n.freed = true
+	fs.dropIndex(n)
 	is := n.insts
 	n.insts = nil
 	var parent *Node

@@ -87,7 +87,11 @@ func (fs *FS) resolve(dir *Node, name string, below bool, f *found) (err error) 
 		}
 	}()
 	opaque := false
+	way := fs.route(dir, is, name)
 	for k, i := range is {
+		if way.skips(k) {
+			continue
+		}
 		fd, ok, err := fs.look(dir, i)
 		if err != nil {
 			return err
@@ -669,6 +673,7 @@ func (fs *FS) Changed(dir *Node, name string) Change {
 	fs.tabMu.Lock()
 	dir.changes.Add(1)
 	dir.snap = nil
+	fs.unindex(dir, target)
 	if target != "" {
 		c.Child = dir.kids[target]
 	}
@@ -687,7 +692,7 @@ func (fs *FS) Changed(dir *Node, name string) Change {
 		if !self {
 			below = c.Child
 		}
-		fs.eachBelow(below, func(n *Node) { n.stale.Store(n.IsDir()); n.snap = nil; n.changes.Add(1) })
+		fs.eachBelow(below, fs.doubt)
 	}
 	return c
 }
@@ -709,7 +714,15 @@ func (fs *FS) remerge(dir *Node) bool {
 
 // ChangedAll is Changed for every known directory.
 func (fs *FS) ChangedAll() {
-	fs.eachNode(func(n *Node) { n.stale.Store(n.IsDir()); n.snap = nil; n.changes.Add(1) })
+	fs.eachNode(fs.doubt)
+}
+
+// doubt makes what is known of n be found again; tabMu is held.
+func (fs *FS) doubt(n *Node) {
+	n.stale.Store(n.IsDir())
+	n.snap = nil
+	n.changes.Add(1)
+	fs.unindex(n, "")
 }
 
 // eachNode calls f for every node that can be reached from the root, under

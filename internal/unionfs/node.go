@@ -61,7 +61,12 @@ type Node struct {
 	name   string
 	kids   map[string]*Node // known children, without a reference
 	snap   *listing
+	index  *index      // directories: what read-only branches have
 	stale  atomic.Bool // insts must be found again
+
+	told    uint64 // changes that were reported
+	probes  int    // instances asked since there was an index
+	indexAt int    // probes after which to make one
 
 	remerged atomic.Bool   // insts changed since Changed asked
 	changes  atomic.Uint64 // counts changes of names

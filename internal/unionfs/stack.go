@@ -154,6 +154,7 @@ func (fs *FS) restack(gone *Branch) {
 	fs.eachNode(func(n *Node) {
 		n.snap = nil
 		n.changes.Add(1)
+		fs.unindex(n, "")
 		if n == fs.root || !n.IsDir() {
 			return
 		}
