@@ -678,11 +678,15 @@ func (fs *FS) copyUpOrphan(n *Node, w *Branch, src *ref, st *unix.Stat_t, limit 
 	c.close()
 	w.files.Add(1)
 	fs.tabMu.Lock()
+	old := n.orphan
 	n.br, n.key, n.orphan = w, keyOf(&c.st), f
 	n.files = append(n.files, f)
 	fs.inos[n.key] = n.ino
 	k := n.key
 	fs.tabMu.Unlock()
+	if old != nil {
+		old.Close()
+	}
 	if fs.copiedUp != nil {
 		fs.copiedUp(n, k.dev, k.ino)
 	}

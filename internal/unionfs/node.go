@@ -75,7 +75,7 @@ type Node struct {
 	br      *Branch // where a non-directory lies
 	key     key
 	plink   *plink
-	orphan  *File        // content of a lower file that lost its names while open
+	orphan  *File        // a way to what lost its names while somebody knows it
 	files   []*File      // open ones
 	dead    bool         // no known name any more
 	left    uint32       // names a dead non-directory still has

@@ -297,7 +297,9 @@ func (m *mover) move(afd, bfd int) error {
 	}
 	fs.hideMu.RLock()
 	defer fs.hideMu.RUnlock()
+	release := m.holdReplaced()
 	if err := fs.format.Move(m.w, afd, m.name, bfd, m.newName, isDir, m.a.below, white); err != nil {
+		release()
 		return err
 	}
 	if m.o != nil {
@@ -310,6 +312,44 @@ func (m *mover) move(afd, bfd int) error {
 	}
 	m.rename(m.n, m.from, m.name, m.to, m.newName)
 	return nil
+}
+
+// holdReplaced keeps a way to the file that is about to be replaced, as long as
+// somebody knows it: whoever has looked its name up and opens it next must get
+// it, since a name that is replaced is there at every moment. The function it
+// returns undoes that. If there is no way, such a client is told ESTALE and
+// looks again.
+func (m *mover) holdReplaced() (release func()) {
+	fs, o := m.fs, m.o
+	if o == nil || o.typ != unix.S_IFREG && o.typ != unix.S_IFLNK || o.refs.Load() < 2 {
+		return func() {}
+	}
+	fs.tabMu.Lock()
+	last := len(o.links) == 1 && o.plink == nil && o.orphan == nil
+	fs.tabMu.Unlock()
+	in := m.b.top
+	fd, err := in.pin()
+	if err != nil || !last {
+		if err == nil {
+			in.unpin()
+		}
+		return func() {}
+	}
+	p, err := unix.Openat(fd, m.newName, unix.O_PATH|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
+	in.unpin()
+	if err != nil {
+		return func() {}
+	}
+	f := fs.newFile(o, p, in.br, false)
+	fs.tabMu.Lock()
+	o.orphan = f
+	fs.tabMu.Unlock()
+	return func() {
+		fs.tabMu.Lock()
+		o.orphan = nil
+		fs.tabMu.Unlock()
+		f.Close()
+	}
 }
 
 func (m *mover) setOpaque(fd int, name string) error {

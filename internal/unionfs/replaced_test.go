@@ -1,0 +1,76 @@
+//go:build linux
+
+package unionfs
+
+import (
+	"fmt"
+	"os"
+	"testing"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+	"golang.org/x/sys/unix"
+)
+
+// TestReplaced checks that a file that was looked up can be opened after
+// another took its name: a name that is replaced never is not there.
+func TestReplaced(t *testing.T) {
+	for _, side := range []string{"upper", "lower"} {
+		t.Run(side, func(t *testing.T) {
+			root := t.TempDir()
+			rw, ro := root+"/rw", root+"/ro"
+			at := map[string]string{"upper": rw, "lower": ro}[side]
+			require.NoError(t, os.Mkdir(rw, 0o755))
+			require.NoError(t, os.Mkdir(ro, 0o755))
+			require.NoError(t, os.WriteFile(at+"/f", []byte("old"), 0o644))
+			require.NoError(t, os.Symlink("target", at+"/l"))
+			for i := range 3 {
+				require.NoError(t, os.WriteFile(fmt.Sprint(rw, "/new", i), []byte("new"), 0o644))
+			}
+			fs := mustOpen(t, &Config{Branches: []BranchSpec{{rw, RW}, {ro, RO}}})
+			var st unix.Stat_t
+			f, err := fs.Lookup(fs.Root(), "f", &st)
+			require.NoError(t, err)
+			l, err := fs.Lookup(fs.Root(), "l", &st)
+			require.NoError(t, err)
+			require.NoError(t, fs.Rename(fs.Root(), "new0", fs.Root(), "f", 0))
+			require.NoError(t, fs.Rename(fs.Root(), "new1", fs.Root(), "l", 0))
+			read := func() string {
+				h, err := fs.OpenFile(f, unix.O_RDONLY, false)
+				require.NoError(t, err)
+				defer h.Close()
+				b := make([]byte, 10)
+				n, err := unix.Pread(h.FD(), b, 0)
+				require.NoError(t, err)
+				return string(b[:n])
+			}
+			assert.Equal(t, "old", read())
+			target, err := fs.Readlink(l)
+			require.NoError(t, err)
+			assert.Equal(t, "target", target)
+			require.NoError(t, fs.GetAttr(f, &st))
+			assert.EqualValues(t, 3, st.Size)
+			assert.Zero(t, st.Nlink)
+			// Writing goes to a copy that nobody else sees.
+			h, err := fs.OpenFile(f, unix.O_WRONLY, false)
+			require.NoError(t, err)
+			_, err = unix.Pwrite(h.FD(), []byte("mine"), 0)
+			require.NoError(t, err)
+			h.Close()
+			assert.Equal(t, "mine", read())
+			if side == "lower" {
+				b, err := os.ReadFile(ro + "/f")
+				require.NoError(t, err)
+				assert.Equal(t, "old", string(b))
+			}
+			fs.Forget(f, 1)
+			fs.Forget(l, 1)
+			for _, b := range fs.stack {
+				assert.Zero(t, b.files.Load(), "%s is in use", b.path)
+			}
+			// Nothing is held of what nobody knows.
+			require.NoError(t, fs.Rename(fs.Root(), "new2", fs.Root(), "f", 0))
+			assert.Zero(t, fs.stack[0].files.Load())
+		})
+	}
+}
