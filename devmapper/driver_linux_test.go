@@ -13,7 +13,6 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
-	"sync"
 	"testing"
 	"time"
 
@@ -530,129 +529,6 @@ func TestGuard(t *testing.T) {
 		require.NoError(t, err)
 	})
 	create(t, d, "b", "")
-}
-
-// TestExtend: the pool grows before it is full, and tells.
-func TestExtend(t *testing.T) {
-	o := small()
-	o.DataSize = 64 << 20
-	o.ExtendThreshold, o.ExtendPercent = 50, 100
-	var mu sync.Mutex
-	var events []Event
-	o.OnEvent = func(e Event) {
-		mu.Lock()
-		defer mu.Unlock()
-		events = append(events, e)
-	}
-	d := mustNew(t, newRoot(t), o)
-	create(t, d, "a", "")
-	require.NoError(t, d.SetQuota(t.Context(), "a", layerfs.Quota{Bytes: 128 << 20}))
-	with(t, d, "a", func(path string) {
-		for i := range 10 {
-			write(t, fmt.Sprintf("%s/f%d", path, i), 9<<20, uint64(i))
-			require.NoError(t, sys.Syncfs(path))
-			require.Eventually(t, func() bool {
-				st, err := d.m.poolStatus(true)
-				require.NoError(t, err)
-				return !d.m.due(st.UsedData, st.TotalData)
-			}, 10*time.Second, 10*time.Millisecond)
-		}
-	})
-	mu.Lock()
-	defer mu.Unlock()
-	require.GreaterOrEqual(t, len(events), 4)
-	for i := 0; i+1 < len(events); i += 2 {
-		require.Equal(t, ExtendBegin, events[i].Kind)
-		require.Equal(t, ExtendDone, events[i+1].Kind)
-		require.NoError(t, events[i+1].Err)
-		require.Greater(t, events[i+1].Total, events[i].Total)
-	}
-}
-
-// TestFull: a pool that is full fails writers as it was told, harms nobody
-// else, and goes on after it has grown.
-func TestFull(t *testing.T) {
-	for _, fs := range []string{"ext4", "xfs"} {
-		t.Run(fs, func(t *testing.T) {
-			o := small()
-			if fs == "xfs" {
-				o = smallXFS()
-				none := 0
-				o.XFSNoSpaceRetries = &none
-			}
-			o.DataSize = 64 << 20
-			if fs == "xfs" {
-				o.DataSize = 160 << 20 // mkfs writes a log of 64 MiB
-			}
-			o.ErrorIfNoSpace = true
-			d := mustNew(t, newRoot(t), o)
-			create(t, d, "other", "")
-			with(t, d, "other", func(path string) { write(t, path+"/kept", 1<<20, 9) })
-			create(t, d, "a", "")
-			require.NoError(t, d.SetQuota(t.Context(), "a", layerfs.Quota{Bytes: 512 << 20}))
-			with(t, d, "a", func(path string) {
-				var err error
-				for i := 0; err == nil && i < 200; i++ {
-					err = writeSync(fmt.Sprintf("%s/f%d", path, i), 1<<20)
-				}
-				require.Error(t, err)
-				require.True(t, errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EIO) || errors.Is(err, unix.EROFS), "%v", err)
-			})
-			st, err := d.m.poolStatus(true)
-			require.NoError(t, err)
-			require.NotEqual(t, dm.PoolReadWrite, st.Mode)
-			// By hand what ExtendThreshold does.
-			d.m.opts.ExtendThreshold, d.m.opts.ExtendPercent = 50, 300
-			require.NoError(t, d.m.extend(t.Context()))
-			st, err = d.m.poolStatus(true)
-			require.NoError(t, err)
-			require.Equal(t, dm.PoolReadWrite, st.Mode)
-			with(t, d, "other", func(path string) {
-				want := make([]byte, 1<<20)
-				rand.NewChaCha8([32]byte{9}).Read(want)
-				got, err := os.ReadFile(path + "/kept")
-				require.NoError(t, err)
-				require.True(t, bytes.Equal(want, got))
-				require.NoError(t, writeSync(path+"/more", 1<<20))
-			})
-			require.NoError(t, d.Remove(t.Context(), "a"))
-		})
-	}
-}
-
-func writeSync(path string, size int) error {
-	f, err := os.Create(path)
-	if err != nil {
-		return err
-	}
-	data := make([]byte, size)
-	rand.NewChaCha8([32]byte{1}).Read(data)
-	_, err = f.Write(data)
-	return errors.Join(err, f.Sync(), f.Close())
-}
-
-// TestQueue: without ErrorIfNoSpace a writer waits until the pool has grown.
-func TestQueue(t *testing.T) {
-	o := small()
-	o.DataSize = 32 << 20
-	d := mustNew(t, newRoot(t), o)
-	create(t, d, "a", "")
-	with(t, d, "a", func(path string) {
-		done := make(chan error, 1)
-		go func() { done <- writeSync(path+"/big", 40<<20) }()
-		require.Eventually(t, func() bool {
-			st, err := d.m.poolStatus(true)
-			return err == nil && st.Mode == dm.PoolOutOfSpace
-		}, 30*time.Second, 20*time.Millisecond)
-		select {
-		case err := <-done:
-			t.Fatalf("the writer did not wait: %v", err)
-		case <-time.After(200 * time.Millisecond):
-		}
-		d.m.opts.ExtendThreshold, d.m.opts.ExtendPercent = 50, 300
-		require.NoError(t, d.m.extend(t.Context()))
-		require.NoError(t, <-done)
-	})
 }
 
 // TestRefused: what New must not open, and what it says.

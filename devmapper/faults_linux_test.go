@@ -159,17 +159,23 @@ func TestTruncated(t *testing.T) {
 			keeps(t, mustNew(t, root, small()))
 		})
 	}
-	t.Run("data-active", func(t *testing.T) {
-		d, root := setup(t)
-		defer func() { require.NoError(t, d.Close()) }()
-		fi, err := os.Stat(d.m.dataFile())
-		require.NoError(t, err)
-		require.NoError(t, os.Truncate(d.m.dataFile(), 24<<20))
-		_, err = New(root, small())
-		require.ErrorContains(t, err, "it was truncated")
-		require.NoError(t, os.Truncate(d.m.dataFile(), fi.Size()))
-		keeps(t, d)
-	})
+	for _, name := range []string{"data", "metadata"} {
+		t.Run(name+"-active", func(t *testing.T) {
+			d, root := setup(t)
+			defer func() { require.NoError(t, d.Close()) }()
+			path, cut := d.m.dataFile(), int64(24<<20)
+			if name == "metadata" {
+				path, cut = d.m.metadataFile(), small().MetadataSize-1<<20
+			}
+			fi, err := os.Stat(path)
+			require.NoError(t, err)
+			require.NoError(t, os.Truncate(path, cut))
+			_, err = New(root, small())
+			require.ErrorContains(t, err, fmt.Sprintf("%s has %d bytes, but the pool has %d: it was truncated", path, cut, fi.Size()))
+			require.NoError(t, os.Truncate(path, fi.Size()))
+			keeps(t, d)
+		})
+	}
 	t.Run("removed", func(t *testing.T) {
 		d, root := setup(t)
 		for _, path := range []string{d.m.dataFile(), d.m.metadataFile()} {
@@ -276,12 +282,11 @@ func TestFaulty(t *testing.T) {
 		require.NotErrorIs(t, err, errors.ErrUnsupported)
 		st, err := d.m.poolStatus(true)
 		require.NoError(t, err)
-		require.NotEqual(t, dm.PoolReadWrite, st.Mode)
-		if st.Mode == dm.PoolFail { // its devices are marked then
-			found, err := d.Check(t.Context())
-			require.NoError(t, err)
-			require.Contains(t, fmt.Sprint(found), "its device has failed")
-		}
+		require.Equal(t, dm.PoolFail, st.Mode)
+		// Its devices are marked as failed.
+		found, err := d.Check(t.Context())
+		require.NoError(t, err)
+		require.Contains(t, fmt.Sprint(found), "its device has failed")
 		_, err = New(root, o)
 		require.Error(t, err)
 		require.NoError(t, d.Put(t.Context(), "a"))
@@ -291,7 +296,7 @@ func TestFaulty(t *testing.T) {
 		with(t, d, "a", func(path string) { require.FileExists(t, path+"/f") })
 		create(t, d, "c", "a")
 		// What was created while nothing could be written is lost, and told.
-		found, err := d.Check(t.Context())
+		found, err = d.Check(t.Context())
 		require.NoError(t, err)
 		for _, p := range found {
 			require.True(t, strings.HasPrefix(p.ID, "b"), "%v", p)

@@ -91,9 +91,16 @@ type Options struct {
 	// a goroutine of the driver. It must not close the driver.
 	OnEvent func(Event)
 
-	// ErrorIfNoSpace lets writes fail at once when the pool is full. Else
-	// they wait for it to grow, a minute by default (no_space_timeout of the
-	// module dm_thin_pool).
+	// ErrorIfNoSpace lets writes fail at once when the pool's data is full.
+	// Else they wait for it to grow, a minute by default (no_space_timeout of
+	// the module dm_thin_pool; 0 is for ever), and fail then. Writes to blocks
+	// that the layer has for itself succeed always.
+	//
+	// The error is ENOSPC, at write for O_DIRECT and else at fsync, but for
+	// pages of ext4: it reports each failure to write one back as EIO. When
+	// ext4 cannot write its journal either it becomes read-only, EROFS, until
+	// the last Put; xfs mostly goes on when the pool has grown. When the pool's
+	// metadata is full the kernel waits for nothing, and all of this is EIO.
 	ErrorIfNoSpace bool
 
 	// XFSNoSpaceRetries is how often xfs retries to write metadata into a pool
@@ -266,10 +273,11 @@ func (o *Options) validateMount(bad func(string, ...any)) {
 // EventKind says what an [Event] is about.
 type EventKind uint8
 
-// The kinds of events.
+// The kinds of events. Each is told once when it comes to be so. LowSpace comes
+// before a PoolFailed that it led to.
 const (
-	ExtendBegin  EventKind = iota + 1 // the pool's files are about to be made larger
-	ExtendDone                        // they are larger, or Err says why not
+	ExtendBegin  EventKind = iota + 1 // the pool's files are about to be made larger; if New did so, both events come after it
+	ExtendDone                        // they are larger, or Err says why not; after an error it is tried again every few seconds
 	LowSpace                          // less than MinFreeSpace is free
 	PoolFailed                        // the pool is out of space, read-only or failed; see Mode
 	PoolRestored                      // it is usable again

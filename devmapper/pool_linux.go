@@ -288,6 +288,15 @@ func (m *mechanism) reusePool(info dm.Info) error {
 				return fmt.Errorf("pool %s is active, but %w", m.pool, err)
 			}
 		}
+		// Not by a status that commits: that would need what was cut off.
+		st, err := m.poolStatus(true)
+		if err != nil {
+			return err
+		}
+		size := int64(st.TotalMeta) * dm.MetadataBlockSize
+		if n, err := sizeOf(m.metadataFile()); err == nil && n < size {
+			return truncated(m.metadataFile(), n, size)
+		}
 	}
 	st, err := m.poolStatus(false)
 	if err != nil {
@@ -342,10 +351,12 @@ func (m *mechanism) relieve(st dm.PoolStatus) error {
 	if _, err := m.extendPool(); err != nil {
 		return err
 	}
-	if st, err = m.poolStatus(false); err != nil {
+	now, err := m.poolStatus(false)
+	if err != nil {
 		return err
 	}
-	return m.healthy(st)
+	m.relieved = &[2]dm.PoolStatus{st, now}
+	return m.healthy(now)
 }
 
 // message sends a message to the pool. One that cannot change its metadata
@@ -441,7 +452,12 @@ func (m *mechanism) loadPool(ctx context.Context, fresh bool) (err error) {
 // poolTable is the pool's table with as many whole blocks as there are.
 func (m *mechanism) poolTable(data, metadata string, size int64) dm.ThinPool {
 	blocks := size / m.opts.BlockSize
+	// Where the kernel makes an event of its own, so that nobody waits for the
+	// watch to look.
 	low := blocks / 10
+	if least := m.opts.MinFreeSpace; least > 0 {
+		low = blocks * int64(least) / 100
+	}
 	if t := m.opts.ExtendThreshold; t > 0 {
 		low = blocks * int64(100-t) / 100
 	}

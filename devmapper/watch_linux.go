@@ -23,6 +23,7 @@ type watch struct {
 	done   sync.WaitGroup
 	mode   dm.PoolMode // of the last look
 	low    bool
+	again  time.Time // when an extension is tried next that has failed
 }
 
 // lookEvery is how often the pool is looked at without an event: the kernel
@@ -50,6 +51,10 @@ func (x *watch) close() error {
 }
 
 func (x *watch) run(ctx context.Context) {
+	if st := x.m.relieved; st != nil {
+		x.emit(ExtendBegin, st[0], nil)
+		x.emit(ExtendDone, st[1], nil)
+	}
 	for ctx.Err() == nil {
 		if err := x.look(ctx); err != nil && ctx.Err() == nil {
 			x.m.opts.Logger.Error("look at the pool", "driver", name, "error", err)
@@ -66,21 +71,28 @@ func (x *watch) run(ctx context.Context) {
 
 // look looks at the pool once.
 func (x *watch) look(ctx context.Context) error {
-	st, err := x.m.poolStatus(true)
+	st, err := x.steady(ctx)
 	if err != nil {
 		return err
 	}
-	if x.m.opts.ExtendThreshold > 0 && (x.m.due(st.UsedData, st.TotalData) || x.m.due(st.UsedMeta, st.TotalMeta)) {
+	var failure error
+	if x.m.opts.ExtendThreshold > 0 && (x.m.due(st.UsedData, st.TotalData) || x.m.due(st.UsedMeta, st.TotalMeta)) && !time.Now().Before(x.again) {
 		x.emit(ExtendBegin, st, nil)
-		err := x.m.extend(ctx)
-		if now, serr := x.m.poolStatus(true); serr == nil {
+		failure = x.m.extend(ctx)
+		if now, err := x.m.poolStatus(true); err == nil {
 			st = now
 		}
-		x.emit(ExtendDone, st, err)
-		if err != nil {
-			return err
+		x.emit(ExtendDone, st, failure)
+		if failure != nil {
+			x.again = time.Now().Add(lookEvery) // and not at each event of any device
 		}
 	}
+	// What led to a failure comes before it.
+	low := x.m.low(st.UsedData, st.TotalData) || x.m.low(st.UsedMeta, st.TotalMeta)
+	if low && !x.low {
+		x.emit(LowSpace, st, nil)
+	}
+	x.low = low
 	if failed := st.Mode != dm.PoolReadWrite; failed != (x.mode != dm.PoolReadWrite) {
 		kind := PoolRestored
 		if failed {
@@ -89,12 +101,30 @@ func (x *watch) look(ctx context.Context) error {
 		x.emit(kind, st, nil)
 	}
 	x.mode = st.Mode
-	low := x.m.low(st.UsedData, st.TotalData) || x.m.low(st.UsedMeta, st.TotalMeta)
-	if low && !x.low {
-		x.emit(LowSpace, st, nil)
+	return failure
+}
+
+// steady returns the pool's status when nobody is just changing its table: the
+// kernel sets the mode of the new one before it looks at the new size.
+func (x *watch) steady(ctx context.Context) (dm.PoolStatus, error) {
+	const tries = 100 // a crash may have left it suspended
+	for try := 0; ; try++ {
+		before, err := x.m.ctl.Info(x.m.pool)
+		if err != nil {
+			return dm.PoolStatus{}, err
+		}
+		st, err := x.m.poolStatus(true)
+		if err != nil {
+			return st, err
+		}
+		after, err := x.m.ctl.Info(x.m.pool)
+		if err != nil || try == tries || !before.Suspended && !after.Suspended && before.Event == after.Event {
+			return st, err
+		}
+		if err := sleep(ctx, 10*time.Millisecond); err != nil {
+			return st, err
+		}
 	}
-	x.low = low
-	return nil
 }
 
 func (x *watch) emit(kind EventKind, st dm.PoolStatus, err error) {
@@ -140,11 +170,12 @@ func (m *mechanism) extendPool() (grown bool, err error) {
 	for _, f := range []struct {
 		path        string
 		used, total uint64
-	}{{m.dataFile(), st.UsedData, st.TotalData}, {m.metadataFile(), st.UsedMeta, st.TotalMeta}} {
+		block       int64
+	}{{m.dataFile(), st.UsedData, st.TotalData, m.opts.BlockSize}, {m.metadataFile(), st.UsedMeta, st.TotalMeta, dm.MetadataBlockSize}} {
 		if !m.due(f.used, f.total) {
 			continue
 		}
-		if err := m.enlarge(f.path); err != nil {
+		if err := m.enlarge(f.path, int64(f.total)*f.block); err != nil {
 			return grown, err
 		}
 		grown = true
@@ -159,22 +190,25 @@ func (m *mechanism) extendPool() (grown bool, err error) {
 // THIN_METADATA_MAX_SECTORS.
 const maxMetadata = 255 * (1 << 14) * 4096
 
-// enlarge makes a file and its loop device larger.
-func (m *mechanism) enlarge(path string) error {
+// enlarge makes a file and its loop device larger, by a share of what the pool
+// has by now. What an attempt that failed has done already is not done again.
+func (m *mechanism) enlarge(path string, now int64) error {
 	fi, err := os.Stat(path)
 	if err != nil {
 		return err
 	}
 	const unit = 1 << 20
-	size := (fi.Size() + fi.Size()*int64(m.opts.ExtendPercent)/100 + unit - 1) / unit * unit
+	size := (now + now*int64(m.opts.ExtendPercent)/100 + unit - 1) / unit * unit
 	if path == m.metadataFile() && size > maxMetadata {
-		if size = maxMetadata; fi.Size() >= size {
+		if size = maxMetadata; now >= size {
 			return fmt.Errorf("%s cannot be larger: %w", path, unix.EFBIG)
 		}
 	}
 	m.step("extend: file")
-	if err := os.Truncate(path, size); err != nil {
-		return err
+	if size > fi.Size() {
+		if err := os.Truncate(path, size); err != nil {
+			return err
+		}
 	}
 	m.step("extend: loop device")
 	d, err := loopOf(path)
