@@ -93,8 +93,7 @@ type Options struct {
 
 	// ErrorIfNoSpace lets writes fail at once when the pool's data is full.
 	// Else they wait for it to grow, a minute by default (no_space_timeout of
-	// the module dm_thin_pool; 0 is for ever), and fail then. Writes to blocks
-	// that the layer has for itself succeed always.
+	// the module dm_thin_pool; 0 is for ever), and fail then.
 	//
 	// The error is ENOSPC, at write for O_DIRECT and else at fsync, but for
 	// pages of ext4: it reports each failure to write one back as EIO. When
