@@ -25,6 +25,16 @@ func (s *Server) Alive() bool {
 	return !stuck
 }
 
+// Device calls f while the device, which the number of Serve or Resume still
+// stands for, cannot be closed. The error says that it has been.
+func (s *Server) Device(f func()) error {
+	raw, err := s.f.SyscallConn()
+	if err != nil {
+		return err
+	}
+	return raw.Control(func(uintptr) { f() })
+}
+
 // pending reports whether a request waits: fuse_dev_poll() gives POLLIN then.
 func (s *Server) pending(waits *bool) error {
 	raw, err := s.f.SyscallConn()

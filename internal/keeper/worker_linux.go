@@ -139,6 +139,10 @@ func killer(pid int) func() {
 // resendAfter is far more than a keeper needs for an answer.
 const resendAfter = 3 * time.Second
 
+// maxKeeperPause is the longest pause between keepers that end before they have
+// all. Until then there is no protection, and a start costs little.
+const maxKeeperPause = time.Second
+
 // tend hears what keepers say, and replaces those that are killed.
 func (w *Worker) tend(l *link) {
 	defer func() {
@@ -148,7 +152,7 @@ func (w *Worker) tend(l *link) {
 	}()
 	pause := time.Duration(0)
 	for {
-		if err := w.listen(l); !errors.Is(err, io.EOF) {
+		if err := w.listen(l); !errors.Is(err, io.EOF) && !errors.Is(err, unix.ECONNRESET) {
 			fmt.Fprintln(os.Stderr, time.Now().Format(time.RFC3339), "keeper:", err)
 			l.kill() // there must not be two
 		}
@@ -173,7 +177,7 @@ func (w *Worker) tend(l *link) {
 			case <-w.closed:
 				return
 			}
-			pause = min(max(2*pause, minPause), maxPause)
+			pause = min(max(2*pause, minPause), maxKeeperPause)
 			w.mu.Lock()
 			w.set(nil, true)
 			w.mu.Unlock()

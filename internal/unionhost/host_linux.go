@@ -517,7 +517,11 @@ func (u *union) hand() error {
 		return nil
 	}
 	s.KeepAgain()
-	return u.st.Hand(u.store)
+	var err error
+	if s.Device(func() { err = u.st.Hand(u.store) }) != nil {
+		return nil // it is about to be released
+	}
+	return err
 }
 
 // storeLocks is store after the branches have changed.
@@ -588,6 +592,9 @@ func (u *union) release(w *fusesrv.Watch) {
 	if w != nil {
 		w.Close()
 	}
+	u.keeping.Lock()
+	u.ended = true
+	u.keeping.Unlock()
 	u.mu.Lock()
 	if u.fs != nil {
 		if err := u.fs.Close(); err != nil {
@@ -597,9 +604,6 @@ func (u *union) release(w *fusesrv.Watch) {
 	keeper.CloseAll(u.locks)
 	u.locks = nil
 	u.mu.Unlock()
-	u.keeping.Lock()
-	u.ended = true
-	u.keeping.Unlock()
 	if err := u.h.w.Drop(u.name); err != nil {
 		u.h.log.Warn("drop", "err", err)
 	}
