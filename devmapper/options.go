@@ -98,7 +98,7 @@ type Options struct {
 	// The error is ENOSPC, at write for O_DIRECT and else at fsync, but for
 	// pages of ext4: it reports each failure to write one back as EIO. When
 	// ext4 cannot write its journal either it becomes read-only, EROFS, until
-	// the last Put; xfs mostly goes on when the pool has grown. When the pool's
+	// the last Put; xfs goes on when the pool has grown. When the pool's
 	// metadata is full the kernel waits for nothing, and all of this is EIO.
 	ErrorIfNoSpace bool
 
