@@ -6,8 +6,8 @@
 //
 //   - A descriptor waits in the runtime's poller. A reader serves most requests
 //     itself and is replaced by another when a request takes long, which one
-//     goroutine looks for while there are requests, or is known to. OPEN and
-//     RELEASE do not go through ProtocolServer.
+//     goroutine looks for while there are requests, or is known to. Requests
+//     that come in storms do not go through ProtocolServer (see quick).
 //   - A kernel inode has one passthrough backing file as long as it is open
 //     (fs/fuse/passthrough.c, Linux 6.9). After a copy-up the old inode keeps
 //     the lower file, and an open is answered with ESTALE: the kernel looks

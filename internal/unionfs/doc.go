@@ -16,6 +16,11 @@
 // is writable: a lower branch cannot be written through any descriptor that
 // starts from it.
 //
+// A lookup asks one branch after the other. Where direct changes of read-only
+// branches are reported, a directory that lies on many of them gets an index of
+// their names once lookups have cost as much as reading them, so that the cost
+// does not grow with the number of branches.
+//
 // # Lock order
 //
 //	FS.stackMu (R by every operation, W by branch management)
