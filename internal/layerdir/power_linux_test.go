@@ -190,6 +190,7 @@ func (p *power) check(image string, saved, dropped int64) {
 	}
 	require.NoError(p, err)
 	defer d.Close()
+	require.NoError(p, d.ClearTemporary()) // as New: what Add has not finished is none
 	ids, err := d.IDs()
 	require.NoError(p, err)
 	there := make(map[string]bool)
