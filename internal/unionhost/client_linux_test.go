@@ -222,7 +222,10 @@ func TestHelperKilled(t *testing.T) {
 	_, err = os.Stat(s.target + "/f")
 	require.Error(t, err)
 	require.NoError(t, mount.Unmount(s.target))
-	_, err = s.Mount(t.Context(), s.cfg)
+	require.Eventually(t, func() bool { // the dead may still hold the lock of the branch
+		_, err = s.Mount(t.Context(), s.cfg)
+		return !errors.Is(err, unix.EBUSY)
+	}, 10*time.Second, 10*time.Millisecond)
 	require.NoError(t, err)
 	require.NoError(t, os.WriteFile(s.target+"/f", nil, 0o644))
 }
