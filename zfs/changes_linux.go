@@ -45,6 +45,9 @@ func (m *mechanism) nativeChanges(ctx context.Context, chain lifecycle.Chain, ba
 	case !m.features.NativeChanges:
 		return nil, decline(errors.New(m.features.Reasons["NativeChanges"]))
 	}
+	if err := m.answers(); err != nil {
+		return nil, err
+	}
 	trees := make([]string, 0, base+1)
 	for i := range base + 1 {
 		// zfs diff wants both file systems mounted.
@@ -134,10 +137,14 @@ func (m *mechanism) step(ctx context.Context, rec *lifecycle.Record, parent, tre
 	return findObjects(ctx, tree, objects, func(path string) { suspects.note(change{kind: 'M', path: path}) })
 }
 
-// declineUnlessDone is for what fails before anything was compared.
+// declineUnlessDone is for calls of zfs that fail before anything was compared:
+// a walk may do, but not in a pool that does not answer.
 func declineUnlessDone(ctx context.Context, err error) error {
 	if cause := context.Cause(ctx); cause != nil {
 		return cause
+	}
+	if errors.Is(err, ErrSuspended) {
+		return err
 	}
 	return decline(err)
 }

@@ -28,6 +28,9 @@ func (m *mechanism) moment(ctx context.Context, rec *lifecycle.Record) (full str
 		return "", nil, err
 	}
 	defer unlock()
+	if err := m.answers(); err != nil {
+		return "", nil, err
+	}
 	if err := syncMount(m.Path(rec.ID)); err != nil {
 		return "", nil, err
 	}
@@ -42,6 +45,15 @@ func (m *mechanism) moment(ctx context.Context, rec *lifecycle.Record) (full str
 	u.Push(drop)
 	_, err = m.tool.run(ctx, "snapshot", full)
 	return full, drop, err
+}
+
+// answers returns an error if the pool is suspended: what waits for it in the
+// kernel cannot be stopped. It is cheap.
+func (m *mechanism) answers() error {
+	if m.facts.Kernel && m.tool.suspended() {
+		return fmt.Errorf("pool %s: %w", m.tool.pool, ErrSuspended)
+	}
+	return nil
 }
 
 // dropMoment destroys the snapshot of a layer that a file names, and removes

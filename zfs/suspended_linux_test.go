@@ -2,6 +2,7 @@ package zfs
 
 import (
 	"errors"
+	"io"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
@@ -57,6 +58,12 @@ func TestSuspended(t *testing.T) {
 		assert.Less(t, time.Since(start), 40*time.Second)
 		assert.ErrorContains(t, err, pool)
 	}
+	start := time.Now()
+	for _, err := range d.Changes(ctx, "w", "base") {
+		require.ErrorIs(t, err, ErrSuspended)
+	}
+	require.ErrorIs(t, d.Send(ctx, io.Discard, "w", "", nil), ErrSuspended)
+	assert.Less(t, time.Since(start), 20*time.Second)
 
 	require.NoError(t, os.Remove(filler))
 	mustCommand(t, "zpool", "clear", pool)
