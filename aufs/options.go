@@ -42,7 +42,10 @@ type Options struct {
 	// arguments are followed by ours. Default is layerfs, the tool, if it is
 	// in PATH. Where the service manager kills all processes of a service
 	// with it, the command must lead out of that, as with
-	// {"systemd-run", "--scope", "--quiet", "layerfs"}.
+	// {"systemd-run", "--scope", "--quiet", "layerfs"}. The helper has the
+	// oom_score_adj of this process, unless the command sets another, as
+	// {"choom", "-n", "-500", "--", "layerfs"} does, and of its environment what
+	// Go's runtime reads alone.
 	Helper []string
 
 	// InProcess lets this process serve the FUSE engine's mounts. They end

@@ -70,6 +70,7 @@ const (
 	textBusy     = "busy"
 	textMounted  = "already mounted"
 	textNoSpace  = "out of space"
+	textOption   = "invalid option" // of getopt: an older program
 
 	textSuspended = "I/O is currently suspended"
 

@@ -35,7 +35,9 @@ type SendOptions struct {
 // that has children, or that was received and not written since, is sent by a
 // snapshot that lasts, so that a later stream can build on it. The error
 // matches [errors.ErrUnsupported] if the layer does not go back to the base by
-// snapshots and clones alone, as one made by Clone does not.
+// snapshots and clones alone, as one made by Clone does not, and where the
+// program lacks an option that it takes, as that of zfs-fuse does for all but a
+// plain stream.
 func (d *Driver) Send(ctx context.Context, w io.Writer, id, base string, opts *SendOptions) error {
 	var flags []string
 	if opts != nil && opts.Compressed {
@@ -46,10 +48,11 @@ func (d *Driver) Send(ctx context.Context, w io.Writer, id, base string, opts *S
 		if from == "" && at < len(chain) {
 			return &layerfs.UnsupportedError{Feature: "a send stream against " + base, Reason: "the layer was not cloned from it"}
 		}
-		return d.m.sending(ctx, chain.Layer(), from, flags, func(r io.Reader) error {
+		err := d.m.sending(ctx, chain.Layer(), from, flags, func(r io.Reader) error {
 			_, err := io.Copy(w, r)
 			return err
 		})
+		return unlessOld("zfs send", err)
 	})
 }
 
@@ -61,7 +64,8 @@ func (d *Driver) Send(ctx context.Context, w io.Writer, id, base string, opts *S
 //
 // It is all or nothing. The kernel reads the stream, and it is not made for
 // streams of an enemy: receive from who is trusted. The error matches
-// [layerfs.ErrMalformed] for what is no stream of one file system.
+// [layerfs.ErrMalformed] for what is no stream of one file system, and
+// [errors.ErrUnsupported] with zfs-fuse, whose program cannot set properties.
 //
 // Streams that are to build on this one need the layer to stay as it is: its
 // first writable Get, or Apply, makes it forget where it came from.
@@ -113,9 +117,18 @@ func (m *mechanism) receive(ctx context.Context, r io.Reader, rec *lifecycle.Rec
 		return m.receiveStream(ctx, io.MultiReader(bytes.NewReader(head), r), slices.Concat([]string{"receive", "-u"}, flags, props, []string{full}))
 	})
 	if err != nil {
-		return errors.Join(err, m.forgetName(rec.ID))
+		return errors.Join(unlessOld("zfs receive", err), m.forgetName(rec.ID))
 	}
 	return nil
+}
+
+// unlessOld is the error of a command that an older program does not have in
+// this form.
+func unlessOld(feature string, err error) error {
+	if says(err, textOption) {
+		return &layerfs.UnsupportedError{Feature: feature, Reason: err.Error()}
+	}
+	return err
 }
 
 // receiveStream feeds a program. The error of the reader counts before the

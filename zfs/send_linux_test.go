@@ -160,6 +160,23 @@ func TestBlockDiff(t *testing.T) {
 	require.NoError(t, d.Remove(ctx, "base"))
 }
 
+// TestOldStreams: programs that lack options say so, and nothing is left.
+func TestOldStreams(t *testing.T) {
+	d := mustOpen(t, newRootDir(t), &Options{})
+	if d.Features().NativeChanges {
+		t.Skip("this program has all options: TestSendReceive")
+	}
+	ctx := t.Context()
+	require.NoError(t, d.Create(ctx, "base", "", nil))
+	var stream bytes.Buffer
+	require.NoError(t, d.Send(ctx, &stream, "base", "", nil))
+	require.ErrorIs(t, d.Send(ctx, io.Discard, "base", "", &SendOptions{Compressed: true}), errors.ErrUnsupported)
+	require.ErrorIs(t, d.Receive(ctx, &stream, "copy", "", nil), errors.ErrUnsupported)
+	require.Equal(t, []string{"base"}, layersOf(t, d))
+	require.NoError(t, d.Remove(ctx, "base"))
+	require.Empty(t, layersOf(t, d))
+}
+
 func TestSendReceive(t *testing.T) {
 	d := mustOpen(t, newRootDir(t), &Options{})
 	requireNative(t, d)
