@@ -217,14 +217,19 @@ func (m *mechanism) sibling(rec *lifecycle.Record) string {
 	if err != nil {
 		return ""
 	}
-	const most = 8 // that are looked at: nearly all have one
-	for _, c := range children[:min(len(children), most)] {
+	// The newest are the likeliest to be there; nearly all have a snapshot.
+	const most, records = 64, 8 // names and records that are looked at
+	found := 0
+	for _, c := range slices.Backward(children[max(0, len(children)-most):]) {
 		if c == rec.ID {
 			continue
 		}
 		s, err := m.dir.Load(c)
 		if err != nil || s.Parent != rec.Parent {
 			continue
+		}
+		if found++; found > records {
+			break
 		}
 		if b := backendOf(s); strings.HasPrefix(b.Snapshot, snapshotPrefix) {
 			return b.Snapshot

@@ -4,7 +4,6 @@ package content
 import (
 	"bytes"
 	"context"
-	"errors"
 	"io"
 )
 
@@ -37,10 +36,15 @@ func Equal(ctx context.Context, a, b io.Reader) (bool, error) {
 	}
 }
 
-// fill reads until buf is full or the reader ends.
-func fill(r io.Reader, buf []byte) (int, error) {
-	n, err := io.ReadFull(r, buf)
-	if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
+// fill reads until buf is full or the reader ends. io.ReadFull would not tell
+// that end from a reader that fails with io.ErrUnexpectedEOF.
+func fill(r io.Reader, buf []byte) (n int, err error) {
+	for n < len(buf) && err == nil {
+		var k int
+		k, err = r.Read(buf[n:])
+		n += k
+	}
+	if err == io.EOF { //nolint:errorlint // readers return it bare
 		err = nil
 	}
 	return n, err

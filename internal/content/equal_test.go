@@ -47,14 +47,18 @@ func TestEqual(t *testing.T) {
 // TestEqualError: a reader that fails is no different file.
 func TestEqualError(t *testing.T) {
 	broken := errors.New("broken")
-	failing := func() io.Reader { return io.MultiReader(bytes.NewReader(make([]byte, 10)), iotest.ErrReader(broken)) }
 	whole := func() io.Reader { return bytes.NewReader(make([]byte, chunk)) }
-	_, err := Equal(t.Context(), failing(), whole())
-	require.ErrorIs(t, err, broken)
-	_, err = Equal(t.Context(), whole(), failing())
-	require.ErrorIs(t, err, broken)
+	for _, want := range []error{broken, io.ErrUnexpectedEOF} {
+		failing := func() io.Reader { return io.MultiReader(bytes.NewReader(make([]byte, 10)), iotest.ErrReader(want)) }
+		_, err := Equal(t.Context(), failing(), whole())
+		require.ErrorIs(t, err, want)
+		_, err = Equal(t.Context(), whole(), failing())
+		require.ErrorIs(t, err, want)
+		_, err = Equal(t.Context(), failing(), failing())
+		require.ErrorIs(t, err, want)
+	}
 	ctx, cancel := context.WithCancelCause(t.Context())
 	cancel(broken)
-	_, err = Equal(ctx, whole(), whole())
+	_, err := Equal(ctx, whole(), whole())
 	require.ErrorIs(t, err, broken)
 }

@@ -47,6 +47,9 @@ func (s *Set) TryLock(key string) (unlock func(), ok bool) {
 	}
 }
 
+// Held reports whether somebody has the lock of a key, or is about to.
+func (s *Set) Held(key string) bool { return s.get(key) != nil }
+
 func (s *Set) lock(ctx context.Context, key string) error {
 	if err := ctx.Err(); err != nil {
 		return context.Cause(ctx)

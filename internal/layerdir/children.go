@@ -41,7 +41,10 @@ func (d *Dir) AddChild(parent, child string) error {
 	if size < compactChildren || bits.Len64(uint64(before)) == bits.Len64(uint64(size)) {
 		return nil
 	}
-	return d.compact(parent, size)
+	if err := d.compact(parent, size); errors.Is(err, os.ErrClosed) {
+		return err
+	}
+	return nil // the child is noted, and the next look is as good
 }
 
 // compact leaves the children in the file of a layer that are there or being
@@ -161,14 +164,17 @@ func (d *Dir) names(child, parent string) (is, there bool, err error) {
 	return true, true, nil // unreadable, but there
 }
 
-// busy reports whether somebody holds the lock of a layer.
+// busy reports whether somebody holds the lock of a layer. It asks and does not
+// try, or two that ask at once would take each other for one who makes it.
 func (d *Dir) busy(id string) (bool, error) {
-	unlock, ok, err := d.TryLock(id)
-	if err != nil || !ok {
-		return !ok, err
+	if err := d.use(); err != nil {
+		return false, err
 	}
-	unlock()
-	return false, nil
+	defer d.unuse()
+	if d.keys.Held(id) {
+		return true, nil
+	}
+	return d.file.probe(place(id)+int64(mutate), 1)
 }
 
 // DropChildren removes the file of the children of a layer that has none. It is

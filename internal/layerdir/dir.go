@@ -91,7 +91,7 @@ func Open(home string, policy layerfs.Durability) (_ *Dir, err error) {
 	}
 	d.ordered, d.direct = inOrder(d.dir), newNames(d.dir)
 	for _, l := range []*listing{&d.childrenNames, &d.persistNames, &d.removedNames, &d.buildNames} {
-		l.settle = settled
+		l.settle, l.local = settled, d.direct
 	}
 	if err := d.checkFormat(); err != nil {
 		return nil, err

@@ -122,6 +122,16 @@ func (s stamp) same(t stamp) bool {
 	return s.inode == t.inode && s.written == t.written && s.size == t.size
 }
 
+// settled reports whether the file is so old that another one with the same
+// inode number has another time.
+func (s stamp) settled(local bool) bool {
+	age := settled
+	if local && s.written.Nsec != 0 {
+		age = tick
+	}
+	return time.Unix(s.written.Unix()).Before(wall().Add(-age))
+}
+
 // unfinished reports whether the file was being added when it was looked at.
 func (s stamp) unfinished() bool { return s.making }
 
@@ -301,6 +311,11 @@ func (f folder) add(name string, data []byte, sync bool) (_ stamp, err error) {
 		return stamp{}, f.err("fstat", name, err)
 	}
 	return stampOf(&st), nil
+}
+
+// finish takes the mark from a file that is whole.
+func (f folder) finish(name string) error {
+	return f.err("fchmodat", name, unix.Fchmodat(f.fd, name, 0o600, 0))
 }
 
 // newNames reports whether the fsync of a new file on the file system of a

@@ -60,6 +60,9 @@ func (s stamp) same(t stamp) bool {
 
 func (stamp) unfinished() bool { return false }
 
+// settled goes by a file system of whole seconds.
+func (s stamp) settled(bool) bool { return s.info.ModTime().Before(wall().Add(-settled)) }
+
 func (f folder) stat(name string) (stamp, error) {
 	fi, err := os.Lstat(f.at(name))
 	return stamp{fi}, err
@@ -134,6 +137,8 @@ func writeNew(path string, data []byte, sync bool) error {
 func (f folder) add(name string, data []byte, sync bool) (stamp, error) {
 	return stamp{}, errors.ErrUnsupported
 }
+
+func (f folder) finish(string) error { return errors.ErrUnsupported }
 
 // newNames is known of file systems of Linux only.
 func newNames(string) bool { return false }

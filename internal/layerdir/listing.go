@@ -11,7 +11,8 @@ import (
 //
 // It remembers the names for as long as the directory's times stay the same.
 type listing struct {
-	settle time.Duration // how old a change must be to count as the last one, where times are whole seconds
+	settle time.Duration // how old a change must be to count as the last one
+	local  bool          // a tick is enough where times are not of whole seconds
 	mu     sync.Mutex
 	state  state           // guarded by mu: of the directory, as last seen
 	read   bool            // guarded by mu: the names were read, or are too many
@@ -28,8 +29,9 @@ const (
 	// bytes, and ext2, keep whole seconds, and FAT every second one.
 	settled = 3 * time.Second
 
-	// tick is that of file systems that keep parts of a second: at most 10 ms
-	// (exFAT) beside the clock interrupt, and that is the clock asked (wall).
+	// tick is that of local file systems that keep parts of a second: that of
+	// the clock interrupt, whose clock is asked (wall). A server has a clock of
+	// its own.
 	tick = 50 * time.Millisecond
 )
 
@@ -45,7 +47,7 @@ func (l *listing) lacks(f *folder, name string) bool {
 		l.state, l.read, l.names = at, false, nil
 	}
 	settle := l.settle
-	if at.fine() {
+	if l.local && at.fine() {
 		settle = min(settle, tick)
 	}
 	if !l.read && at.before(wall().Add(-settle)) {

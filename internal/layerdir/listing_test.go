@@ -19,7 +19,7 @@ func TestListing(t *testing.T) {
 	home := t.TempDir()
 	d, other := mustOpen(t, home), mustOpen(t, home)
 	const settle = 20 * time.Millisecond
-	l := listing{settle: settle}
+	l := listing{settle: settle, local: true}
 	for i := range 300 {
 		name := fmt.Sprint("n", i%3)
 		require.NoError(t, create(other.persist, name))

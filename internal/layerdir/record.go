@@ -45,27 +45,42 @@ func (d *Dir) Load(id string) (*Record, error) {
 	}
 	defer d.unuse()
 	at, err := d.records.stat(id)
+	for range 16 {
+		if err != nil {
+			break
+		}
+		if c, ok := d.cache.Load(id); ok {
+			if c := c.(cached); c.at.same(at) {
+				return c.rec, nil
+			}
+		}
+		var rec *Record
+		rec, err = readRecord(d.records, id)
+		if err == nil {
+			if at.settled(d.direct) {
+				d.cache.Store(id, cached{rec, at})
+			}
+			return rec, nil
+		}
+		if !errors.Is(err, errCutOff) {
+			break
+		}
+		// Was it this file that is cut off, or one that is being made in its
+		// place?
+		now, serr := d.records.stat(id)
+		if serr == nil && now == at {
+			if at.unfinished() {
+				err = fs.ErrNotExist
+			}
+			break
+		}
+		at, err = now, serr
+	}
 	if errors.Is(err, fs.ErrNotExist) {
 		d.cache.Delete(id)
 		return nil, layerfs.ErrNotExist
 	}
-	if err != nil {
-		return nil, err
-	}
-	if c, ok := d.cache.Load(id); ok {
-		if c := c.(cached); c.at.same(at) {
-			return c.rec, nil
-		}
-	}
-	rec, err := readRecord(d.records, id)
-	if errors.Is(err, fs.ErrNotExist) || at.unfinished() && errors.Is(err, errCutOff) {
-		return nil, layerfs.ErrNotExist
-	}
-	if err != nil {
-		return nil, err
-	}
-	d.cache.Store(id, cached{rec, at})
-	return rec, nil
+	return nil, err
 }
 
 // making is the mode of a record until Add has written it.
@@ -76,7 +91,8 @@ const making = 0o700
 var errCutOff = errors.New("it is empty or cut off")
 
 // cached is a record and the file it was read from. A record is replaced by
-// rename, never rewritten, so another inode or time means another record.
+// rename, never rewritten, so another inode or time means another record; also
+// where an inode is used again at once, as its time was settled when it was read.
 type cached struct {
 	rec *Record
 	at  stamp
@@ -132,8 +148,12 @@ func (d *Dir) clearUnfinished() error {
 			continue
 		}
 		err = d.unlessBusy(id, func() error {
-			if _, err := d.Load(id); errors.Is(err, layerfs.ErrNotExist) {
+			_, err := d.Load(id)
+			switch {
+			case errors.Is(err, layerfs.ErrNotExist):
 				return d.records.unlink(id)
+			case err == nil: // a power failure took the end of the mark
+				return d.records.finish(id)
 			}
 			return nil
 		})

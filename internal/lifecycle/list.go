@@ -48,15 +48,21 @@ func (d *Driver) statUsage(ctx context.Context, id string) (layerfs.Info, error)
 	return info, err
 }
 
-// countChildren counts without the lock, so it looks at the records itself.
-func (d *Driver) countChildren(id string) (n int, err error) {
-	children, err := d.dir.Children(id)
-	for _, c := range children {
+// countChildren counts the children of a layer, whose lock need not be held.
+func (d *Driver) countChildren(id string) (int, error) {
+	children, err := d.children(id)
+	return len(children), err
+}
+
+// children returns the layers whose records name a layer as their parent.
+func (d *Driver) children(id string) (ids []string, err error) {
+	noted, err := d.dir.Children(id)
+	for _, c := range noted {
 		if rec, err := d.dir.Load(c); err == nil && rec.Parent == id {
-			n++
+			ids = append(ids, c)
 		}
 	}
-	return n, err
+	return ids, err
 }
 
 func (d *Driver) info(rec *Record, children int) (layerfs.Info, error) {

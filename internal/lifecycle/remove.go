@@ -107,9 +107,12 @@ func (d *Driver) childless(id string) (ever bool, err error) {
 	if err != nil || !has {
 		return ever, err
 	}
-	children, err := d.dir.Children(id)
+	children, err := d.children(id)
 	if err != nil {
 		return ever, err
+	}
+	if len(children) == 0 {
+		return ever, fmt.Errorf("a child is being made or removed: %w", layerfs.ErrInUse)
 	}
 	const named = 3 // enough to act on, short enough to read
 	text := strings.Join(children[:min(len(children), named)], ", ")
