@@ -81,6 +81,12 @@ const (
 // do may happen any time later.
 var errLeft = errors.New("it is left behind")
 
+// unfinished reports whether err is of a call of which something may be left that
+// still has the files it was given: the other end of a pipe to it sees no end.
+func unfinished(ctx context.Context, err error) bool {
+	return err != nil && (errors.Is(err, errLeft) || ctx.Err() != nil)
+}
+
 // ErrSuspended says that the pool does not answer until an administrator has
 // repaired its devices and called zpool clear.
 var ErrSuspended = errors.New("pool is suspended")

@@ -11,6 +11,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"time"
 
 	"github.com/layerfs/layerfs/internal/lifecycle"
 	"github.com/layerfs/layerfs/internal/undo"
@@ -140,11 +141,17 @@ func (m *mechanism) sendSnapshot(ctx context.Context, from, full string, flags [
 	ended := make(chan error, 1)
 	go func() {
 		err := m.tool.pipe(ctx, nil, w, m.tool.zfs, append(args, full)...)
+		if unfinished(ctx, err) {
+			_ = r.SetReadDeadline(time.Now()) // it fails if nobody reads any more
+		}
 		ended <- errors.Join(err, w.Close())
 	}()
 	readErr := read(r)
 	r.Close() // zfs sees that nobody reads on
 	err = <-ended
+	if unfinished(ctx, err) && errors.Is(readErr, os.ErrDeadlineExceeded) {
+		return err
+	}
 	if readErr != nil && (err == nil || !errors.Is(err, context.Cause(ctx)) && !says(err, textMissing)) {
 		// zfs failed because of the reader, or the other way round: a stream
 		// that was cut off is zfs's fault.

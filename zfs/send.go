@@ -13,6 +13,7 @@ import (
 	"slices"
 	"strconv"
 	"syscall"
+	"time"
 
 	"github.com/layerfs/layerfs"
 	"github.com/layerfs/layerfs/internal/lifecycle"
@@ -141,13 +142,16 @@ func (m *mechanism) receiveStream(ctx context.Context, in io.Reader, args []stri
 	ended := make(chan error, 1)
 	go func() {
 		err := m.tool.pipe(ctx, r, io.Discard, m.tool.zfs, args...)
+		if unfinished(ctx, err) {
+			_ = w.SetWriteDeadline(time.Now()) // it fails if nobody writes any more
+		}
 		ended <- errors.Join(err, r.Close())
 	}()
 	_, copyErr := io.Copy(w, in)
-	if errors.Is(copyErr, syscall.EPIPE) {
+	err = errors.Join(w.Close(), <-ended)
+	if errors.Is(copyErr, syscall.EPIPE) || unfinished(ctx, err) && errors.Is(copyErr, os.ErrDeadlineExceeded) {
 		copyErr = nil // zfs has read enough, or says why not
 	}
-	err = errors.Join(w.Close(), <-ended)
 	if copyErr != nil {
 		return copyErr
 	}
