@@ -164,18 +164,31 @@ func (m *mechanism) unmount(ctx context.Context, path string) error {
 	return err
 }
 
-// State looks at a layer's path.
+// State looks at a layer's path. A mount whose program has died is unmounted:
+// nobody can use it any more, and a Get must not take it for usable.
 func (m *mechanism) State(id string) (lifecycle.State, error) {
+	st, err := m.state(id)
+	if !errors.Is(err, unix.ENOTCONN) && !errors.Is(err, unix.ECONNABORTED) {
+		return st, err
+	}
+	err = m.unmount(context.Background(), m.Path(id))
+	if errors.Is(err, mount.ErrNotMounted) {
+		err = nil
+	}
+	return lifecycle.State{}, err
+}
+
+func (m *mechanism) state(id string) (lifecycle.State, error) {
 	mounted, err := mount.IsMountPoint(m.Path(id))
 	if err != nil || !mounted {
 		return lifecycle.State{}, err
 	}
 	st, err := mount.Query(m.Path(id))
-	if errors.Is(err, unix.ENOTCONN) { // a mount program that died
-		return lifecycle.State{Mounted: true}, nil
-	}
 	return lifecycle.State{Mounted: st.MountPoint, ReadOnly: st.ReadOnly}, err
 }
+
+// Mortal reports that mounts end with the process that serves them.
+func (m *mechanism) Mortal() bool { return m.opts.MountProgram != "" }
 
 // Mounted lists the layers that are mounted.
 func (m *mechanism) Mounted() ([]string, error) {

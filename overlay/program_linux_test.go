@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -12,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/layerfs/layerfs"
+	"github.com/layerfs/layerfs/internal/lifecycle"
 	"github.com/layerfs/layerfs/internal/mount"
 	"github.com/layerfs/layerfs/internal/testenv"
 	"github.com/layerfs/layerfs/internal/tree"
@@ -44,6 +46,63 @@ func servers(t *testing.T, dir string) (list []string) {
 		}
 	}
 	return list
+}
+
+// killServer kills the only server of a mount below a directory, and waits for
+// its end.
+func killServer(t *testing.T, dir string) {
+	t.Helper()
+	list := servers(t, dir)
+	require.Len(t, list, 1)
+	pid, err := strconv.Atoi(filepath.Base(filepath.Dir(list[0])))
+	require.NoError(t, err)
+	require.NoError(t, unix.Kill(pid, unix.SIGKILL))
+	require.Eventually(t, func() bool { return len(servers(t, dir)) == 0 }, 10*time.Second, time.Millisecond)
+}
+
+// TestServerKilled: a Get mounts again what has lost its server, whoever holds
+// it.
+func TestServerKilled(t *testing.T) {
+	root := t.TempDir()
+	opts := &Options{MountProgram: layerfsProgram(t)}
+	first, second := mustNew(t, root, opts), mustNew(t, root, opts)
+	stack(t, first)
+	ctx := t.Context()
+	usable := func(t *testing.T, path string) {
+		t.Helper()
+		_, err := os.ReadDir(path)
+		require.NoError(t, err)
+		require.NoError(t, os.WriteFile(path+"/new", nil, 0o644))
+		require.Len(t, servers(t, first.m.home), 1)
+		infos, err := mount.Under(path)
+		require.NoError(t, err)
+		require.Len(t, infos, 1)
+	}
+	path := mustGet(t, first, "top")
+	for name, d := range map[string]*Driver{"held by another": second, "held by this one": first} {
+		t.Run(name, func(t *testing.T) {
+			killServer(t, first.m.home)
+			_, err := os.ReadDir(path)
+			require.Error(t, err)
+			usable(t, mustGet(t, d, "top"))
+		})
+	}
+	t.Run("held by nobody", func(t *testing.T) {
+		require.NoError(t, first.Put(ctx, "top"))
+		chain, _, _, err := pinned(first, "top", "base")
+		require.NoError(t, err)
+		require.NoError(t, first.m.Mount(ctx, chain, lifecycle.Mode{})) // and its caller is killed
+		killServer(t, first.m.home)
+		usable(t, mustGet(t, second, "top"))
+	})
+	t.Run("put", func(t *testing.T) {
+		mustGet(t, first, "top")
+		killServer(t, first.m.home)
+		require.NoError(t, first.Put(ctx, "top"))
+		mounted, err := mount.IsMountPoint(path)
+		require.NoError(t, err)
+		require.False(t, mounted)
+	})
 }
 
 // TestUnionProgram has layers that package union wrote read by the driver, and

@@ -75,8 +75,8 @@ func (d *Driver) get(ctx context.Context, id string, opts *layerfs.GetOptions, p
 		if err := plan(ctx, chain, mode); err != nil {
 			return err
 		}
-	case h.gets == 0:
-		held := p.Count > 0 || others.Got()
+	case h.gets == 0 || d.mortal():
+		held := h.gets > 0 || p.Count > 0 || others.Got()
 		if err := d.mount(ctx, chain, mode, held, p.Mapped, &u); err != nil {
 			return err
 		}
@@ -190,6 +190,12 @@ func (d *Driver) mount(ctx context.Context, chain Chain, mode Mode, held, mapped
 	}
 	u.Push(func() error { return d.m.Unmount(context.WithoutCancel(ctx), rec) })
 	return nil
+}
+
+// mortal reports whether what is mounted may have ended by itself.
+func (d *Driver) mortal() bool {
+	m, ok := d.m.(Mortal)
+	return ok && m.Mortal()
 }
 
 // Put releases one Get.

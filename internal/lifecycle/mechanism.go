@@ -86,7 +86,8 @@ type Mechanism interface {
 	Unmount(ctx context.Context, rec *Record) error
 
 	// State looks at a layer's path. Where Mount of a writable layer has
-	// nothing to do, it is never mounted.
+	// nothing to do, it is never mounted. Nor is what nobody can use any
+	// more, which State unmounts.
 	State(id string) (State, error)
 
 	// Mounted lists the layers that are mounted. No lock is held.
@@ -135,6 +136,12 @@ type NativeDiffer interface {
 // for writing.
 type LiveBaser interface {
 	LiveBase() bool
+}
+
+// Mortal is a mechanism whose mounts may end with a process that serves them, so
+// that each Get looks whether there is still one, also while the layer is held.
+type Mortal interface {
+	Mortal() bool
 }
 
 // Finder is a mechanism that can tell whether the storage of a layer is
