@@ -832,7 +832,11 @@ func readEntries(fd int) ([]dirEntry, error) {
 			}
 			name := field(b[19:reclen])
 			if name != "." && name != ".." {
-				out = append(out, dirEntry{name, entryType(fd, name, b[18])})
+				typ, err := entryType(fd, name, b[18])
+				if err != nil {
+					return nil, err
+				}
+				out = append(out, dirEntry{name, typ})
 			}
 			b = b[reclen:]
 		}
@@ -844,20 +848,27 @@ func readEntries(fd int) ([]dirEntry, error) {
 // entryType returns the tar type of a name in a directory that is listed with
 // type dt. File systems need not tell it, which costs a stat (readdir(3),
 // DT_UNKNOWN). A name that is gone by now has none.
-func entryType(dir int, name string, dt byte) byte {
+func entryType(dir int, name string, dt byte) (byte, error) {
 	if dt == unix.DT_UNKNOWN {
 		var st unix.Stat_t
-		if unix.Fstatat(dir, name, &st, unix.AT_SYMLINK_NOFOLLOW) == nil {
-			dt = byte(st.Mode & unix.S_IFMT >> 12) // IFTODT in <dirent.h>
+		_, err := ignoringEINTR(func() (int, error) {
+			return 0, unix.Fstatat(dir, name, &st, unix.AT_SYMLINK_NOFOLLOW)
+		})
+		if err == unix.ENOENT {
+			return 0, nil
 		}
+		if err != nil {
+			return 0, pathError("fstatat", name, err)
+		}
+		dt = byte(st.Mode & unix.S_IFMT >> 12) // IFTODT in <dirent.h>
 	}
 	switch dt {
 	case unix.DT_REG:
-		return typeReg
+		return typeReg, nil
 	case unix.DT_DIR:
-		return typeDir
+		return typeDir, nil
 	case unix.DT_CHR:
-		return typeChar
+		return typeChar, nil
 	}
-	return 0
+	return 0, nil
 }

@@ -7,6 +7,7 @@ import (
 	"io"
 	"io/fs"
 	"iter"
+	"slices"
 
 	"golang.org/x/sys/unix"
 
@@ -290,15 +291,21 @@ func (m *mechanism) sendable(ctx context.Context, chain lifecycle.Chain, base in
 		return nil, err
 	}
 	id := chain.Layer().ID
-	children, err := m.dir.Children(id)
-	if err != nil {
-		return nil, errors.Join(err, p.release())
-	}
 	ro, err := btrfs.IsReadOnly(m.Path(id))
 	if err != nil {
 		return nil, errors.Join(err, p.release())
 	}
-	if ro && len(children) > 0 {
+	if !ro {
+		return p, nil
+	}
+	noted, err := m.dir.Children(id)
+	if err != nil {
+		return nil, errors.Join(err, p.release())
+	}
+	if slices.ContainsFunc(noted, func(child string) bool {
+		rec, err := m.dir.Load(child)
+		return err == nil && rec.Parent == id
+	}) {
 		p.newer = m.Path(id)
 	}
 	return p, nil

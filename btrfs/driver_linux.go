@@ -224,7 +224,7 @@ func (m *mechanism) trial(fn func(path string) error) error {
 	if m.quotas == nil {
 		info, ierr := btrfs.Info(path)
 		if ierr == nil {
-			ierr = m.noteQgroups([]uint64{info.ID})
+			ierr = m.noteQgroups(context.Background(), []uint64{info.ID})
 		}
 		err = errors.Join(err, ierr)
 	}

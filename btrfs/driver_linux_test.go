@@ -257,6 +257,34 @@ func TestQuota(t *testing.T) {
 	}
 }
 
+// TestQuotaIsDurable: when the record of a layer is on the disk, its limit is.
+func TestQuotaIsDurable(t *testing.T) {
+	const mib = 1 << 20
+	inspect := testenv.RequireTool(t, "btrfs", "btrfs")
+	root := newRoot(t, 512)
+	d, err := btrfs.New(root, &btrfs.Options{Quotas: btrfs.QuotasFull, Size: 8 * mib})
+	testenv.SkipUnsupported(t, err, "btrfs")
+	require.NoError(t, err)
+	defer d.Close()
+	ctx := t.Context()
+	image := filepath.Join(filepath.Dir(filepath.Dir(root)), "image")
+	// What the last commit has, which is what a power failure leaves.
+	limits := func(bytes int) int {
+		t.Helper()
+		out, err := exec.CommandContext(ctx, inspect, "inspect-internal", "dump-tree", "-t", "quota", image).CombinedOutput()
+		require.NoError(t, err, "%s", out)
+		return strings.Count(string(out), fmt.Sprintf("max_exclusive %d\n", bytes))
+	}
+	fill(t, d, "base", "", "file f 1")
+	require.Equal(t, 1, limits(8*mib))
+	require.NoError(t, d.Create(ctx, "top", "base", nil))
+	require.Equal(t, 2, limits(8*mib))
+	require.NoError(t, d.SetQuota(ctx, "top", layerfs.Quota{Bytes: 16 * mib}))
+	require.Equal(t, 1, limits(16*mib))
+	require.NoError(t, d.SetQuota(ctx, "top", layerfs.Quota{}))
+	require.Equal(t, 0, limits(16*mib))
+}
+
 // TestQuotaWhileRead: a snapshot of the layer must not lift the limit.
 func TestQuotaWhileRead(t *testing.T) {
 	const mib = 1 << 20

@@ -22,8 +22,10 @@ import (
 // before they are removed, and whoever opens or uses the root later removes the
 // qgroups that can go.
 //
-// No other qgroup is ever touched: an id is noted by who removes its subvolume,
-// with the file system it is on, and btrfs gives no id twice.
+// No qgroup of a subvolume that is there is ever touched: an id is noted by who
+// removes its subvolume, with the file system it is on. btrfs gives the id of the
+// youngest subvolume again if that was removed before a mount, so what is
+// collected can have been somebody else's: empty, and without its subvolume.
 
 const (
 	// fewQgroups is how often, in removals, earlier ones are looked at, and half
@@ -37,8 +39,8 @@ const (
 func (m *mechanism) qgroupsPath() string { return filepath.Join(m.home, ".layerfs", "qgroups") }
 
 // noteQgroups appends the ids of subvolumes that are about to be removed.
-func (m *mechanism) noteQgroups(ids []uint64) error {
-	unlock, err := m.dir.Lock(context.Background(), ".qgroups")
+func (m *mechanism) noteQgroups(ctx context.Context, ids []uint64) error {
+	unlock, err := m.dir.Lock(ctx, ".qgroups")
 	if err != nil {
 		return err
 	}
@@ -91,10 +93,11 @@ func (m *mechanism) removedOne() {
 
 // collectQgroups removes noted qgroups that are not needed any more, looking at
 // the oldest ones only, at most as many as most. What stays is noted again
-// behind the others. Errors are logged: a qgroup that stays does no harm.
+// behind the others. Errors are logged: a qgroup that stays does no harm. While
+// somebody else does the same it does nothing.
 func (m *mechanism) collectQgroups(most int) {
-	unlock, err := m.dir.Lock(context.Background(), ".qgroups")
-	if err != nil {
+	unlock, ok, err := m.dir.TryLock(".qgroups")
+	if err != nil || !ok {
 		return
 	}
 	defer unlock()

@@ -80,14 +80,23 @@ func (m *mechanism) checkQuota(q layerfs.Quota) error {
 	return nil
 }
 
-// limit limits what the subvolume at path holds beyond that of the parent. Its
-// exclusive bytes are that, but not while a snapshot of it is being read: so
-// its referenced bytes are limited too, which may be less than both together if
-// files of the parent are gone.
+// limit is setLimit that is durable where the layer has to be: the fsync of a
+// record writes a log that has no limits in it.
 func (m *mechanism) limit(ctx context.Context, path string, rec *lifecycle.Record, q layerfs.Quota) error {
 	if m.quotas != nil || q.Bytes == 0 && rec.Quota.Bytes == 0 {
 		return nil
 	}
+	if err := m.setLimit(ctx, path, rec, q); err != nil || m.opts.Durability == layerfs.DurabilityNone {
+		return err
+	}
+	return btrfs.Commit(path)
+}
+
+// setLimit limits what the subvolume at path holds beyond that of the parent. Its
+// exclusive bytes are that, but not while a snapshot of it is being read: so
+// its referenced bytes are limited too, which may be less than both together if
+// files of the parent are gone.
+func (m *mechanism) setLimit(ctx context.Context, path string, rec *lifecycle.Record, q layerfs.Quota) error {
 	if q.Bytes == 0 {
 		return btrfs.LimitQgroup(path, 0, 0, 0)
 	}

@@ -95,7 +95,7 @@ func (m *mechanism) destroy(ctx context.Context, path string) error {
 	if m.quotas == nil {
 		note = func(ids []uint64) error {
 			// A full disk must not keep anybody from removing something.
-			if err := m.noteQgroups(ids); err != nil {
+			if err := m.noteQgroups(ctx, ids); err != nil {
 				m.log.Warn("qgroups of a removed subvolume are not noted", "driver", name, "path", path, "error", err)
 			}
 			return nil

@@ -575,8 +575,9 @@ func syncWait(f *os.File, id uint64) error {
 }
 
 // Exists reports whether there is a subvolume of an id on the file system that
-// path is on, also one that was removed and is not wholly cleaned up. Ids are not
-// given again. It needs CAP_SYS_ADMIN.
+// path is on, also one that was removed and is not wholly cleaned up. The next
+// mount may give the id of the youngest again if that was removed. It needs
+// CAP_SYS_ADMIN.
 func Exists(path string, id uint64) (bool, error) {
 	f, err := openDir(path)
 	if err != nil {
