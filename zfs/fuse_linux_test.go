@@ -146,10 +146,11 @@ func runOnFuse(t *testing.T, name string) {
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
 	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNS | syscall.CLONE_NEWPID, Pdeathsig: syscall.SIGKILL}
+	others := fuseMinors("/proc/self/mountinfo")
 	require.NoError(t, cmd.Start())
 	limit := time.AfterFunc(fuseLimit+fuseGrace, func() {
 		// A process that waits for the daemon cannot be killed.
-		abortConnections(cmd.Process.Pid)
+		abortConnections(cmd.Process.Pid, others)
 		_ = cmd.Process.Kill()
 	})
 	err := cmd.Wait()
@@ -175,11 +176,12 @@ func lastMessage(text string) string {
 	return found[len(found)-1][1]
 }
 
-// abortConnections ends the FUSE connections of all file systems that a process
-// sees and this one does not.
-func abortConnections(pid int) {
+// abortConnections ends the FUSE connections of the file systems that the first
+// process of namespaces sees, but for those of others, which are the host's: new
+// namespaces begin with a copy of all mounts.
+func abortConnections(pid int, others []int) {
 	proc := fmt.Sprintf("/proc/%d", pid)
-	for _, minor := range fuseMinors(proc + "/mountinfo") {
+	for _, minor := range without(fuseMinors(proc+"/mountinfo"), others) {
 		_ = os.WriteFile(filepath.Join(proc, "root", connection(minor), "abort"), []byte("1"), 0)
 	}
 }
@@ -205,6 +207,10 @@ func fuseMinors(path string) []int {
 	return minors
 }
 
+func without(minors, others []int) []int {
+	return slices.DeleteFunc(minors, func(minor int) bool { return slices.Contains(others, minor) })
+}
+
 // fuseInit is the first process of the namespaces. When it ends the kernel ends
 // all others.
 func fuseInit() int {
@@ -220,6 +226,7 @@ func fuseInitRun(dir string) (code int, err error) {
 	if err := fuseMounts(dir); err != nil {
 		return 0, err
 	}
+	others := fuseMinors("/proc/self/mountinfo")
 	if err := startDaemon(); err != nil {
 		return 0, err
 	}
@@ -248,7 +255,7 @@ func fuseInitRun(dir string) (code int, err error) {
 	if err != nil {
 		return 0, err
 	}
-	go wakeDaemon()
+	go wakeDaemon(others)
 	for { // all that lose their parent are this one's children
 		var status unix.WaitStatus
 		pid, err := unix.Wait4(-1, &status, 0, nil)
@@ -270,6 +277,9 @@ func fuseMounts(dir string) error {
 	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
 		return os.NewSyscallError("mount /", err)
 	}
+	if err := leaveOthers(dir); err != nil {
+		return err
+	}
 	if err := unix.Mount("proc", "/proc", "proc", 0, ""); err != nil {
 		return os.NewSyscallError("mount /proc", err)
 	}
@@ -282,6 +292,50 @@ func fuseMounts(dir string) error {
 		}
 	}
 	return errors.Join(os.MkdirAll(daemonDir, 0o755), os.MkdirAll("/run/lock/zfs", 0o755))
+}
+
+// leaveOthers unmounts copies of mounts of the host's that a test does not need.
+// Who owns the mounts would wait for these: a file system of FUSE ends, and a
+// directory of an overlay or a loop device is free, with the last mount.
+func leaveOthers(dir string) error {
+	list, err := mountinfo.GetMounts(nil)
+	if err != nil {
+		return err
+	}
+	for _, at := range othersMounts(list, dir, os.Args[0]) {
+		// It may have been below another one that is gone.
+		if err := unix.Unmount(at, unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW); err != nil && !errors.Is(err, unix.EINVAL) && !errors.Is(err, unix.ENOENT) {
+			return &os.PathError{Op: "unmount", Path: at, Err: err}
+		}
+	}
+	return nil
+}
+
+// othersMounts returns where file systems of FUSE are mounted, and what is
+// mounted below the directories for temporary files, last mount first; but for
+// what needed paths are on.
+func othersMounts(list []*mountinfo.Info, needed ...string) (at []string) {
+	below := func(path, dir string) bool { return strings.HasPrefix(path, strings.TrimSuffix(dir, "/")+"/") }
+	for _, info := range slices.Backward(list) {
+		fuse := info.FSType == "fuse" || strings.HasPrefix(info.FSType, "fuse.")
+		if !fuse && !below(info.Mountpoint, "/tmp") && !below(info.Mountpoint, "/dev/shm") {
+			continue
+		}
+		if !slices.ContainsFunc(needed, func(path string) bool { return below(path, info.Mountpoint) }) {
+			at = append(at, info.Mountpoint)
+		}
+	}
+	return at
+}
+
+func TestOthersMounts(t *testing.T) {
+	at := func(path, fstype string) *mountinfo.Info { return &mountinfo.Info{Mountpoint: path, FSType: fstype} }
+	list := []*mountinfo.Info{
+		at("/", "ext4"), at("/tmp", "tmpfs"), at("/dev/shm", "tmpfs"), at("/sys/fs/fuse/connections", "fusectl"),
+		at("/home/u", "fuse.sshfs"), at("/tmp/x", "overlay"), at("/tmp/x/y", "fuse"), at("/tmp/disk", "xfs"), at("/dev/shm/m", "btrfs"),
+		at("/tmpfoo", "ext4"), at("/src", "fuse"),
+	}
+	require.Equal(t, []string{"/dev/shm/m", "/tmp/x/y", "/tmp/x", "/home/u"}, othersMounts(list, "/tmp/disk/dir", "/src/zfs.test"))
 }
 
 // startDaemon starts zfs-fuse as a child. The distribution's settings have the
@@ -315,13 +369,14 @@ func startDaemon() error {
 	}
 }
 
-// wakeDaemon asks something of each file system when a request to one has not
-// been answered for long: the daemon may wait for one that was withdrawn.
-func wakeDaemon() {
+// wakeDaemon asks something of each file system, but for others, when a request to
+// one has not been answered for long: the daemon may wait for one that was
+// withdrawn.
+func wakeDaemon(others []int) {
 	waited := map[int]bool{}
 	for {
 		time.Sleep(300 * time.Millisecond)
-		minors := fuseMinors("/proc/self/mountinfo")
+		minors := without(fuseMinors("/proc/self/mountinfo"), others)
 		stuck := false
 		for _, minor := range minors {
 			b, err := os.ReadFile(filepath.Join(connection(minor), "waiting"))
@@ -337,6 +392,9 @@ func wakeDaemon() {
 			continue
 		}
 		for _, info := range list {
+			if !slices.Contains(minors, info.Minor) {
+				continue
+			}
 			go func() {
 				var st unix.Statfs_t
 				_ = unix.Statfs(info.Mountpoint, &st)
