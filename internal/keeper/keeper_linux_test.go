@@ -342,22 +342,85 @@ func called(t *testing.T, dir string) int {
 	return a.PID
 }
 
-// TestAnswerLost: what the keeper did not confirm is told again, and a keeper
-// that says nothing at all is killed.
-func TestAnswerLost(t *testing.T) {
+// linked returns a worker, and the other end of its link in the place of a
+// keeper, which is closed when the worker kills it.
+func linked(t *testing.T) (w *Worker, keeper *Conn, kills chan struct{}, end func()) {
+	t.Helper()
 	a, b, err := pair()
 	require.NoError(t, err)
 	mine, err := NewConn(a)
 	require.NoError(t, err)
-	keeper, err := NewConn(b)
+	keeper, err = NewConn(b)
 	require.NoError(t, err)
-	defer keeper.Close()
-	kills := make(chan struct{}, 10)
+	t.Cleanup(func() { keeper.Close() })
+	kills = make(chan struct{}, 100)
 	l := newLink(mine, 1, func() { kills <- struct{}{}; keeper.Close() })
-	w := newWorker(t.TempDir(), nil, nil, l)
+	w = newWorker(t.TempDir(), nil, nil, l)
 	w.resendAfter, w.silence = 20*time.Millisecond, 200*time.Millisecond
 	done := make(chan struct{})
 	go func() { w.tend(l); close(done) }()
+	return w, keeper, kills, func() { close(w.closed); <-done }
+}
+
+// TestStopped: a keeper that does not read keeps nobody waiting for longer than
+// it may be silent.
+func TestStopped(t *testing.T) {
+	const many = 1000 // of which the socket takes some hundreds
+	drop := func(t *testing.T, w *Worker) {
+		began := time.Now()
+		for range many {
+			w.DropLater("x")
+		}
+		require.Less(t, time.Since(began), w.silence)
+	}
+	null, err := os.Open(os.DevNull)
+	require.NoError(t, err)
+	defer null.Close()
+	t.Run("store", func(t *testing.T) {
+		w, _, kills, end := linked(t)
+		drop(t, w)
+		began := time.Now()
+		require.NoError(t, w.Store("x", 0, int(null.Fd())), "without a keeper")
+		require.GreaterOrEqual(t, time.Since(began), w.silence)
+		require.NotEmpty(t, kills)
+		end()
+	})
+	t.Run("drop", func(t *testing.T) {
+		w, _, kills, end := linked(t)
+		drop(t, w)
+		<-kills
+		end()
+	})
+	t.Run("later", func(t *testing.T) {
+		w, keeper, kills, end := linked(t)
+		w.silence = time.Minute
+		drop(t, w)
+		stored := make(chan error)
+		go func() { stored <- w.Store("x", 0, int(null.Fd())) }()
+		time.Sleep(3 * w.resendAfter)
+		var m message
+		for range many {
+			_, err := keeper.Recv(&m)
+			require.NoError(t, err)
+			require.Equal(t, message{Op: opDrop, Name: "x"}, m)
+			m = message{}
+		}
+		fds, err := keeper.Recv(&m)
+		require.NoError(t, err)
+		CloseAll(fds)
+		require.Equal(t, message{Op: opStore, Name: "x", Seq: 1}, m)
+		require.NoError(t, keeper.Send(message{Op: opAck, Seq: 1}))
+		require.NoError(t, <-stored)
+		require.Empty(t, kills)
+		keeper.Close()
+		end()
+	})
+}
+
+// TestAnswerLost: what the keeper did not confirm is told again, and a keeper
+// that says nothing at all is killed.
+func TestAnswerLost(t *testing.T) {
+	w, keeper, kills, end := linked(t)
 	heard := make(chan message, 100)
 	go func() {
 		for n := 0; ; n++ {
@@ -384,8 +447,7 @@ func TestAnswerLost(t *testing.T) {
 	require.NoError(t, w.Store("y", 0, int(null.Fd())), "without a keeper")
 	require.NotEmpty(t, kills)
 	require.ErrorIs(t, w.Next(nil), ErrNoKeeper)
-	close(w.closed)
-	<-done
+	end()
 	require.Empty(t, w.waiting)
 }
 

@@ -60,10 +60,65 @@ type link struct {
 	kill  func() // kills the keeper
 	lost  chan struct{}
 	whole chan struct{} // closed when the keeper has all there is
+
+	sending sync.Mutex // held while something is sent, within a deadline of its own
+
+	mu       sync.Mutex
+	drops    []string  // still to be sent, before all else; guarded by mu
+	dropped  time.Time // when the last one was sent; guarded by mu
+	dropping bool      // somebody sends them; guarded by mu
 }
 
 func newLink(conn *Conn, pid int, kill func()) *link {
 	return &link{conn: conn, pid: pid, kill: kill, lost: make(chan struct{}), whole: make(chan struct{})}
+}
+
+// send sends a message after the drops that were queued before. If the keeper
+// does not read, the error matches os.ErrDeadlineExceeded after a while.
+func (l *link) send(m message, within time.Duration, fds ...int) error {
+	l.sending.Lock()
+	defer l.sending.Unlock()
+	if err := l.conn.c.SetWriteDeadline(time.Now().Add(within)); err != nil {
+		return err
+	}
+	if err := l.sendDrops(); err != nil {
+		return err
+	}
+	return l.conn.Send(m, fds...)
+}
+
+// sendDropsWithin is send of nothing but the drops.
+func (l *link) sendDropsWithin(within time.Duration) error {
+	l.sending.Lock()
+	defer l.sending.Unlock()
+	if err := l.conn.c.SetWriteDeadline(time.Now().Add(within)); err != nil {
+		return err
+	}
+	return l.sendDrops()
+}
+
+// sendDrops sends the queued drops; sending is held.
+func (l *link) sendDrops() error {
+	for {
+		l.mu.Lock()
+		if len(l.drops) == 0 {
+			l.drops = nil
+			l.mu.Unlock()
+			return nil
+		}
+		name := l.drops[0]
+		l.mu.Unlock()
+		err := l.conn.Send(message{Op: opDrop, Name: name})
+		if errors.Is(err, os.ErrDeadlineExceeded) {
+			return err // it was not sent
+		}
+		l.mu.Lock()
+		l.drops, l.dropped = l.drops[1:], time.Now()
+		l.mu.Unlock()
+		if err != nil {
+			return err
+		}
+	}
 }
 
 // An Item is what an earlier worker had stored.
@@ -315,7 +370,7 @@ func (w *Worker) prove(l *link) {
 	if w.isReady() && w.duties.Alive != nil && !w.duties.Alive() {
 		return
 	}
-	_ = l.conn.Send(message{Op: opPong})
+	_ = l.send(message{Op: opPong}, w.resendAfter)
 }
 
 // Dir returns the directory of the helper.
@@ -390,7 +445,8 @@ func (w *Worker) tellOn(l *link, m message, fds ...int) error {
 	again := time.NewTicker(w.resendAfter)
 	defer again.Stop()
 	for began := time.Now(); ; {
-		if err := l.conn.Send(m, fds...); err != nil {
+		// One that does not read is found silent below.
+		if err := l.send(m, w.resendAfter, fds...); err != nil && !errors.Is(err, os.ErrDeadlineExceeded) {
 			return noKeeper(err)
 		}
 		select {
@@ -401,10 +457,16 @@ func (w *Worker) tellOn(l *link, m message, fds ...int) error {
 		case <-again.C:
 		}
 		// An answer can be lost: a keeper does not wait for who does not read.
-		if time.Since(began) > w.silence {
-			fmt.Fprintln(os.Stderr, time.Now().Format(time.RFC3339), "the keeper gives no sign of life")
-			l.kill()
-		}
+		w.killSilent(l, began)
+	}
+}
+
+// killSilent kills a keeper that has done nothing since began, if that is long
+// ago.
+func (w *Worker) killSilent(l *link, began time.Time) {
+	if time.Since(began) > w.silence {
+		fmt.Fprintln(os.Stderr, time.Now().Format(time.RFC3339), "the keeper gives no sign of life")
+		l.kill()
 	}
 }
 
@@ -433,15 +495,51 @@ func (w *Worker) Drop(name string) error {
 	return withoutKeeper(w.tell(message{Op: opDrop, Name: name}))
 }
 
-// DropLater is Drop that does not wait.
-func (w *Worker) DropLater(name string) error {
+// DropLater is Drop that waits for nothing, so that it may be called with locks
+// held. What is stored after it stays stored, under the same name too.
+func (w *Worker) DropLater(name string) {
 	w.mu.Lock()
 	l := w.link
 	w.mu.Unlock()
 	if l == nil {
-		return nil
+		return
 	}
-	return withoutKeeper(noKeeper(l.conn.Send(message{Op: opDrop, Name: name})))
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.drops = append(l.drops, name)
+	if !l.dropping {
+		l.dropping = true
+		go w.drop(l)
+	}
+}
+
+// drop sends the queued drops until there are none.
+func (w *Worker) drop(l *link) {
+	for began := time.Now(); ; {
+		l.mu.Lock()
+		left := len(l.drops)
+		l.dropping = left > 0
+		if l.dropped.After(began) {
+			began = l.dropped
+		}
+		l.mu.Unlock()
+		if left == 0 {
+			return
+		}
+		err := l.sendDropsWithin(w.resendAfter)
+		switch {
+		case err == nil:
+		case errors.Is(err, os.ErrDeadlineExceeded):
+			w.killSilent(l, began)
+		case errors.Is(noKeeper(err), ErrNoKeeper):
+			l.mu.Lock()
+			l.drops, l.dropping = nil, false // the next one does not have them
+			l.mu.Unlock()
+			return
+		default:
+			fmt.Fprintln(os.Stderr, time.Now().Format(time.RFC3339), "drop:", err)
+		}
+	}
 }
 
 // Next names the program, with its first arguments, that replaces this worker
@@ -502,7 +600,7 @@ func (w *Worker) Ready(d Duties) error {
 	if l == nil {
 		return nil // there will be one
 	}
-	return withoutKeeper(noKeeper(l.conn.Send(message{Op: opReady})))
+	return withoutKeeper(noKeeper(l.send(message{Op: opReady}, w.resendAfter)))
 }
 
 // Accept takes a call. While there is no descriptor or memory for one, calls

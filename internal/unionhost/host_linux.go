@@ -478,11 +478,7 @@ func (u *union) serverConfig() fusesrv.Config {
 	c.FS, c.UDBA, c.Watch, c.Logger = u.fs, u.mode(), u.watch, u.h.log
 	c.State = u.st
 	c.Keep = func(id uint64, fd int) error { return u.h.w.Store(u.keptName(id), 0, fd) }
-	c.Unkeep = func(id uint64) {
-		if err := u.h.w.DropLater(u.keptName(id)); err != nil {
-			u.h.log.Warn("drop", "err", err)
-		}
-	}
+	c.Unkeep = func(id uint64) { u.h.w.DropLater(u.keptName(id)) }
 	return c
 }
 
