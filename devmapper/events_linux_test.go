@@ -175,6 +175,32 @@ func TestExtend(t *testing.T) {
 
 // TestExtendFails: an extension that fails says why and is tried again, does not
 // hide what comes of it, and the next one does not start from where it got.
+// TestExtendOne: a data file that cannot grow does not keep the metadata from it.
+func TestExtendOne(t *testing.T) {
+	o := small()
+	o.DataSize, o.BaseSize = 64<<20, 128<<20
+	d := mustNew(t, newRoot(t), o)
+	create(t, d, "a", "")
+	before, err := d.m.poolStatus(true)
+	require.NoError(t, err)
+	second, err := loop.Attach(t.Context(), d.m.dataFile(), nil) // which one to enlarge?
+	require.NoError(t, err)
+	d.m.opts.ExtendThreshold, d.m.opts.ExtendPercent = 1, 100 // both are due
+	grown, err := d.m.extendPool()
+	require.ErrorContains(t, err, second.Path())
+	require.True(t, grown)
+	now, err := d.m.poolStatus(true)
+	require.NoError(t, err)
+	require.Greater(t, now.TotalMeta, before.TotalMeta)
+	require.Equal(t, before.TotalData, now.TotalData)
+	require.NoError(t, second.Detach())
+	_, err = d.m.extendPool()
+	require.NoError(t, err)
+	now, err = d.m.poolStatus(true)
+	require.NoError(t, err)
+	require.Equal(t, 2*before.TotalData, now.TotalData)
+}
+
 func TestExtendFails(t *testing.T) {
 	t.Parallel() // most of it is waiting
 	o := small()

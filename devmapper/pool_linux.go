@@ -348,7 +348,7 @@ func (m *mechanism) relieve(st dm.PoolStatus) error {
 	if err == nil || st.Mode != dm.PoolReadOnly || st.NeedsCheck || m.opts.ExtendThreshold == 0 {
 		return err
 	}
-	if _, err := m.extendPool(); err != nil {
+	if grown, err := m.extendPool(); err != nil && !grown {
 		return err
 	}
 	now, err := m.poolStatus(false)

@@ -161,12 +161,15 @@ func (m *mechanism) extend(ctx context.Context) error {
 	return err
 }
 
-// extendPool does the work of extend and reports whether there was any.
+// extendPool does the work of extend and reports whether there was any. A file
+// that cannot grow does not keep the other from it, nor the pool from what is
+// there.
 func (m *mechanism) extendPool() (grown bool, err error) {
 	st, err := m.poolStatus(true)
 	if err != nil {
 		return false, err
 	}
+	var errs []error
 	for _, f := range []struct {
 		path        string
 		used, total uint64
@@ -176,14 +179,15 @@ func (m *mechanism) extendPool() (grown bool, err error) {
 			continue
 		}
 		if err := m.enlarge(f.path, int64(f.total)*f.block); err != nil {
-			return grown, err
+			errs = append(errs, err)
+			continue
 		}
 		grown = true
 	}
-	if !grown {
-		return false, nil
+	if grown {
+		errs = append(errs, m.reloadPool())
 	}
-	return true, m.reloadPool()
+	return grown, errors.Join(errs...)
 }
 
 // maxMetadata is the most that a pool's metadata can use,
