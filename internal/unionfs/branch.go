@@ -72,7 +72,7 @@ type Branch struct {
 
 	plnk    int          // O_PATH descriptor of the plink directory; -1 if none
 	files   atomic.Int64 // open files on this branch
-	wopen   atomic.Int64 // of these, open for writing
+	wopen   atomic.Int64 // of these, with a descriptor that may write
 	crashed bool         // the last union that had it rw did not end
 	noTmp   atomic.Bool  // O_TMPFILE is refused here
 	fsType  int64
@@ -200,7 +200,12 @@ func (b *Branch) claim() error {
 	return nil
 }
 
+// release gives up what a writable branch has alone.
 func (b *Branch) release() {
+	if b.plnk >= 0 {
+		unix.Close(b.plnk)
+		b.plnk = -1
+	}
 	if b.lock != nil {
 		// Not by closing it alone: it may have been handed over.
 		_ = unix.Flock(int(b.lock.Fd()), unix.LOCK_UN)
@@ -211,11 +216,9 @@ func (b *Branch) release() {
 
 func (b *Branch) close() {
 	b.release()
-	for _, fd := range []*int{&b.plnk, &b.root} {
-		if *fd >= 0 {
-			unix.Close(*fd)
-			*fd = -1
-		}
+	if b.root >= 0 {
+		unix.Close(b.root)
+		b.root = -1
 	}
 }
 

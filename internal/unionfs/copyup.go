@@ -672,11 +672,12 @@ func (fs *FS) copyUpOrphan(n *Node, w *Branch, src *ref, st *unix.Stat_t, limit 
 	if err != nil {
 		return err
 	}
-	f := &File{fs: fs, node: n, fd: c.fd, br: w}
+	f := &File{fs: fs, node: n, fd: c.fd, br: w, wfd: true}
 	f.refs.Store(1)
 	c.fd = -1
 	c.close()
 	w.files.Add(1)
+	w.wopen.Add(1)
 	fs.tabMu.Lock()
 	old := n.orphan
 	n.br, n.key, n.orphan = w, keyOf(&c.st), f

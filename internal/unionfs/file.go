@@ -15,7 +15,8 @@ type File struct {
 	node  *Node
 	fd    int
 	br    *Branch
-	write bool
+	write bool // counts in Node.writers
+	wfd   bool // fd may write: counts in Branch.wopen
 	refs  atomic.Int32
 	of    *File // whose descriptor this is; nil: it has its own
 }
@@ -61,11 +62,12 @@ func (f *File) put() {
 	unix.Close(f.fd)
 }
 
-// Share returns another open file with f's descriptor, which counts as open for
-// reading whatever f may do. The caller has not closed f.
+// Share returns another open file with f's descriptor. The file is not one that
+// changes the node's content, yet if the descriptor may write, its branch cannot
+// become read-only while it is open. The caller has not closed f.
 func (f *File) Share() *File {
 	f.refs.Add(1)
-	return f.fs.addFile(&File{fs: f.fs, node: f.node, fd: f.fd, br: f.br, of: f})
+	return f.fs.addFile(&File{fs: f.fs, node: f.node, fd: f.fd, br: f.br, wfd: f.wfd, of: f})
 }
 
 // Close closes the file. Calls that run on it end first.
@@ -77,8 +79,10 @@ func (f *File) Close() {
 	}
 	f.fs.tabMu.Unlock()
 	f.br.files.Add(-1)
-	if f.write {
+	if f.wfd {
 		f.br.wopen.Add(-1)
+	}
+	if f.write {
 		n.writers.Add(-1)
 	}
 	f.put()
@@ -97,14 +101,16 @@ func (n *Node) anyFile() *File {
 }
 
 func (fs *FS) newFile(n *Node, fd int, br *Branch, write bool) *File {
-	return fs.addFile(&File{fs: fs, node: n, fd: fd, br: br, write: write})
+	return fs.addFile(&File{fs: fs, node: n, fd: fd, br: br, write: write, wfd: write})
 }
 
 func (fs *FS) addFile(f *File) *File {
 	f.refs.Store(1)
 	f.br.files.Add(1)
-	if f.write {
+	if f.wfd {
 		f.br.wopen.Add(1)
+	}
+	if f.write {
 		f.node.writers.Add(1)
 	}
 	fs.tabMu.Lock()

@@ -202,7 +202,7 @@ func (fs *FS) Close() error {
 	var err error
 	for _, b := range fs.stack {
 		if b.perm == RW {
-			if e := fs.leave(b); err == nil {
+			if e := b.unmark(); err == nil {
 				err = e
 			}
 		}

@@ -54,7 +54,7 @@ func (fs *FS) join(b *Branch, skipRepair bool) (done []Repaired, err error) {
 			return fail("repair", err)
 		}
 	}
-	if err := mkfile(b.root, whMounted, 0o444); err != nil {
+	if err := b.mark(); err != nil {
 		return fail("openat", err)
 	}
 	return done, nil
@@ -96,25 +96,24 @@ func (fs *FS) furnish(b *Branch) error {
 	if fs.noPlink {
 		return nil
 	}
+	if b.plnk >= 0 {
+		return nil
+	}
 	var err error
 	b.plnk, err = openDirAt(b.root, whPlink)
 	return err
 }
 
-// leave ends what join began.
-func (fs *FS) leave(b *Branch) error {
-	restore := keepTimes(b.root)
-	err := unix.Unlinkat(b.root, whMounted, 0)
-	restore()
-	if err == unix.ENOENT {
-		err = nil
-	}
-	if b.plnk >= 0 {
-		unix.Close(b.plnk)
-		b.plnk = -1
-	}
-	b.release()
-	if err != nil {
+// mark notes on the branch that a union has it rw.
+func (b *Branch) mark() error {
+	defer keepTimes(b.root)()
+	return mkfile(b.root, whMounted, 0o444)
+}
+
+// unmark takes the note away: all that was written is as it should be.
+func (b *Branch) unmark() error {
+	defer keepTimes(b.root)()
+	if err := unix.Unlinkat(b.root, whMounted, 0); err != nil && err != unix.ENOENT {
 		return &os.PathError{Op: "unlinkat", Path: b.path + "/" + whMounted, Err: err}
 	}
 	return nil

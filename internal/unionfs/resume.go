@@ -21,6 +21,9 @@ type Resume struct {
 
 // claim takes the lock of a writable branch, or the one that is held already.
 func (fs *FS) claim(b *Branch) error {
+	if b.lock != nil {
+		return nil // kept when the branch could not be given up, see Modify
+	}
 	if fs.resume == nil {
 		return b.claim()
 	}
@@ -105,8 +108,14 @@ func (fs *FS) Adopt(fd int, ino uint64) (*Node, error) {
 	n.ino, n.dead, n.key = ino, true, keyOf(n.last)
 	n.br = fs.ownerOf(n.key.dev, fd)
 	f := &File{fs: fs, node: n, fd: fd, br: n.br}
+	if flags, err := unix.FcntlInt(uintptr(fd), unix.F_GETFL, 0); err == nil {
+		f.wfd = flags&unix.O_ACCMODE != unix.O_RDONLY
+	}
 	f.refs.Store(1)
 	n.br.files.Add(1)
+	if f.wfd {
+		n.br.wopen.Add(1)
+	}
 	n.orphan, n.files = f, []*File{f}
 	n.refs.Store(1)
 	return n, nil

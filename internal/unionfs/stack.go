@@ -3,6 +3,7 @@
 package unionfs
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -61,7 +62,7 @@ func (fs *FS) Delete(path string) error {
 		return err
 	}
 	if b.perm == RW {
-		if err := fs.leave(b); err != nil {
+		if err := b.unmark(); err != nil {
 			return err
 		}
 	}
@@ -71,8 +72,10 @@ func (fs *FS) Delete(path string) error {
 	return nil
 }
 
-// Modify changes what a branch may be used for. EBUSY while a file of it is
-// open for writing and it is to become read-only.
+// Modify changes what a branch may be used for. EBUSY while a descriptor may
+// write a file of it and it is to become read-only: that of a file open for
+// writing, or of one that was created and has been open without a pause since.
+// A branch that stays writable keeps its lock throughout.
 func (fs *FS) Modify(path string, perm Perm) ([]Repaired, error) {
 	fs.stackMu.Lock()
 	defer fs.stackMu.Unlock()
@@ -93,17 +96,23 @@ func (fs *FS) Modify(path string, perm Perm) ([]Repaired, error) {
 		if err := fs.flushLinks(); err != nil {
 			return fail(err)
 		}
-		if err := fs.leave(b); err != nil {
+		if err := b.unmark(); err != nil {
 			return fail(err)
 		}
 		b.perm = perm
 		if err := b.restrict(); err != nil {
-			b.perm = old
-			if _, jerr := fs.join(b, true); jerr != nil {
-				fs.log.Error("branch stays without its lock", "branch", path, "err", jerr)
+			merr := b.mark()
+			if merr == nil {
+				b.perm = old
+				return fail(err)
 			}
-			return fail(err)
+			// Nothing must be written without the mark. The lock stays,
+			// since what is open may still write.
+			fs.log.Error("branch is read-only, but not given up", "branch", path, "err", merr)
+			fs.restack(nil)
+			return fail(errors.Join(err, merr))
 		}
+		b.release()
 	case perm == RW:
 		b.perm = perm
 		if err := b.restrict(); err != nil {
