@@ -21,6 +21,8 @@ type tool struct {
 	// turn waits for this call's turn, where calls must not be made at the same
 	// time; nil means that they may. The turn lasts until all descriptors of the
 	// file are closed, of which the program gets one: it may outlive this process.
+	// It is not killed then, because whom it asks would go on while the next call
+	// has its turn.
 	turn func(ctx context.Context) (*os.File, error)
 }
 
@@ -91,23 +93,14 @@ func unfinished(ctx context.Context, err error) bool {
 // repaired its devices and called zpool clear.
 var ErrSuspended = errors.New("pool is suspended")
 
-// grace is how long a program that was killed may take to end. A process in a
+// grace is how long a program that is given up may take to end. A process in a
 // call to a suspended pool cannot be killed at all.
 const grace = 2 * time.Second
 
 // run runs zfs and returns its output.
 func (t *tool) run(ctx context.Context, args ...string) ([]byte, error) {
-	var held []*os.File
-	if t.turn != nil {
-		f, err := t.turn(ctx)
-		if err != nil {
-			return nil, err
-		}
-		defer f.Close()
-		held = append(held, f)
-	}
 	var out bytes.Buffer
-	if err := t.start(ctx, held, nil, &out, t.zfs, args...); err != nil {
+	if err := t.pipe(ctx, nil, &out, t.zfs, args...); err != nil {
 		return nil, err // a program that was left behind may still write to out
 	}
 	return out.Bytes(), nil
@@ -122,17 +115,22 @@ func (t *tool) rows(ctx context.Context, columns int, args ...string) ([][]strin
 	return table(out, columns)
 }
 
-// pipe runs a program. When ctx is done it is killed. While it runs for long
-// the pool is looked at, so that a suspended pool is an error and not a hang;
-// the program is then left behind until the pool lives again.
+// pipe runs a program; all that run are started here. When ctx is done it is
+// killed. While it runs for long the pool is looked at, so that a suspended pool
+// is an error and not a hang; the program is then left behind until the pool
+// lives again. One that has a turn is never killed but left behind.
 func (t *tool) pipe(ctx context.Context, in io.Reader, out io.Writer, program string, args ...string) error {
-	return t.start(ctx, nil, in, out, program, args...)
-}
-
-// start is pipe with files that the program gets, besides the first three.
-func (t *tool) start(ctx context.Context, held []*os.File, in io.Reader, out io.Writer, program string, args ...string) error {
 	if err := context.Cause(ctx); err != nil {
 		return err
+	}
+	var held []*os.File
+	if t.turn != nil {
+		f, err := t.turn(ctx)
+		if err != nil {
+			return err
+		}
+		defer f.Close()
+		held = append(held, f)
 	}
 	var stderr bytes.Buffer
 	cmd := exec.Command(program, args...)
@@ -164,7 +162,10 @@ func (t *tool) start(ctx context.Context, held []*os.File, in io.Reader, out io.
 			}
 			return nil
 		case <-ctx.Done():
-			if abandon(cmd, done) {
+			if t.turn == nil {
+				_ = cmd.Process.Kill() // it may have ended
+			}
+			if ends(done) {
 				return context.Cause(ctx)
 			}
 			// stderr still belongs to the process.
@@ -182,6 +183,11 @@ func (t *tool) start(ctx context.Context, held []*os.File, in io.Reader, out io.
 // abandon kills a process and reports whether it has ended.
 func abandon(cmd *exec.Cmd, done <-chan error) bool {
 	_ = cmd.Process.Kill() // it may have ended
+	return ends(done)
+}
+
+// ends waits for a process for a moment.
+func ends(done <-chan error) bool {
 	t := time.NewTimer(grace)
 	defer t.Stop()
 	select {
@@ -192,8 +198,12 @@ func abandon(cmd *exec.Cmd, done <-chan error) bool {
 	}
 }
 
-// suspended reports whether the pool is known to be suspended.
+// suspended reports whether the pool is known to be suspended. Where calls take
+// turns it is not: it would have to be asked beside the call it is about.
 func (t *tool) suspended() bool {
+	if t.turn != nil {
+		return false
+	}
 	// OpenZFS tells it without a call that may itself wait for the pool:
 	// spa_state_init, module/zfs/spa_stats.c, 0.8.
 	state, err := os.ReadFile("/proc/spl/kstat/zfs/" + t.pool + "/state")

@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -87,6 +88,97 @@ func TestStreamLeft(t *testing.T) {
 				require.NotErrorIs(t, err, os.ErrDeadlineExceeded)
 				assert.Less(t, time.Since(start), 30*time.Second)
 			})
+		})
+	}
+}
+
+// Where calls take turns no two programs run at the same time, whatever they are
+// run by, and one that is given up keeps its turn.
+func TestTurns(t *testing.T) {
+	dir := t.TempDir()
+	limit := time.Minute
+	turn := func(ctx context.Context) (*os.File, error) { return turnIn(ctx, dir, limit) }
+	log := filepath.Join(t.TempDir(), "log")
+	logged := func() string {
+		b, err := os.ReadFile(log)
+		require.NoError(t, err)
+		return string(b)
+	}
+	script := program(t, "echo begin >>"+log+"\nsleep 0.02\necho end >>"+log+"\n")
+	one := &tool{zfs: script, zpool: script, patience: 10 * time.Millisecond, turn: turn}
+	ctx := t.Context()
+
+	const calls = 8
+	var all sync.WaitGroup
+	for i := range calls {
+		all.Go(func() {
+			var err error
+			if i%2 == 0 {
+				_, err = one.run(ctx, "list")
+			} else {
+				err = one.pipe(ctx, nil, io.Discard, one.zpool, "get")
+			}
+			assert.NoError(t, err)
+		})
+	}
+	all.Wait()
+	assert.Equal(t, strings.Repeat("begin\nend\n", calls), logged(), "neither two calls, nor a look at the pool beside one")
+
+	free := filepath.Join(t.TempDir(), "free")
+	slow := *one
+	slow.zfs = program(t, "until [ -e "+free+" ]; do sleep 0.02; done\n")
+	short, cancel := context.WithTimeout(ctx, 100*time.Millisecond)
+	defer cancel()
+	_, err := slow.run(short, "destroy")
+	require.ErrorIs(t, err, context.DeadlineExceeded)
+	require.ErrorIs(t, err, errLeft)
+	limit = 200 * time.Millisecond
+	_, err = one.run(ctx, "list")
+	require.ErrorContains(t, err, "has not ended in 200ms")
+	require.NotErrorIs(t, err, errLeft)
+	why := errors.New("why")
+	done, stop := context.WithCancelCause(ctx)
+	time.AfterFunc(50*time.Millisecond, func() { stop(why) })
+	limit = time.Minute
+	_, err = one.run(done, "list")
+	require.ErrorIs(t, err, why)
+	require.NoError(t, os.WriteFile(free, nil, 0o600))
+	_, err = one.run(ctx, "list")
+	require.NoError(t, err)
+}
+
+// Nobody else can take the turns of a user.
+func TestTurnFile(t *testing.T) {
+	for name, c := range map[string]struct {
+		make func(path string) error
+		want string
+	}{
+		"none":         {func(string) error { return nil }, ""},
+		"own":          {func(path string) error { return os.WriteFile(path, nil, 0o600) }, ""},
+		"no directory": {func(path string) error { return os.Remove(filepath.Dir(path)) }, ""},
+		"shared": {func(path string) error {
+			return errors.Join(os.WriteFile(path, nil, 0o600), os.Chmod(path, 0o644))
+		}, "not a file of this user alone"},
+		"fifo":      {func(path string) error { return unix.Mkfifo(path, 0o600) }, "not a file of this user alone"},
+		"symlink":   {func(path string) error { return os.Symlink("/dev/null", path) }, "too many levels of symbolic links"},
+		"directory": {func(path string) error { return os.Mkdir(path, 0o700) }, "is a directory"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			dir := filepath.Join(t.TempDir(), "zfs")
+			path := filepath.Join(dir, turnLock)
+			require.NoError(t, errors.Join(os.Mkdir(dir, 0o755), c.make(path)))
+			f, err := turnIn(t.Context(), dir, time.Second)
+			if c.want != "" {
+				require.ErrorContains(t, err, c.want)
+				return
+			}
+			require.NoError(t, err)
+			if name != "no directory" {
+				info, err := os.Stat(path)
+				require.NoError(t, err)
+				assert.Equal(t, os.FileMode(0o600), info.Mode())
+			}
+			require.NoError(t, f.Close())
 		})
 	}
 }

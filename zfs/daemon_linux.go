@@ -51,9 +51,18 @@ const (
 	// all disks of the host.
 	settle = 20 * time.Second
 
+	// turnLimit is how long a call waits for the others that have their turn.
+	// Behind an unmount or two of a daemon that does not answer it still gets its
+	// own.
+	turnLimit = 3 * settle
+
 	// look is the time between two looks at what the daemon does.
 	look = 2 * time.Millisecond
 )
+
+// turnLock is the lock of a turn, beside the daemon's socket. Whoever can open a
+// file can lock it, so this one is for nobody but its owner.
+const turnLock = ".layerfs.lock"
 
 // turns returns what keeps calls apart here: nothing with the kernel's file
 // system.
@@ -65,41 +74,51 @@ func turns() func(context.Context) (*os.File, error) {
 }
 
 // daemonTurn keeps all processes from asking the daemon for two things at once.
-// It is the lock of a directory that is there while the daemon is.
-func daemonTurn(ctx context.Context) (*os.File, error) {
-	f, err := os.Open(daemonDir)
-	if errors.Is(err, fs.ErrNotExist) {
+func daemonTurn(ctx context.Context) (*os.File, error) { return turnIn(ctx, daemonDir, turnLimit) }
+
+// turnIn locks the file of turns in a directory, which is there if a daemon is.
+func turnIn(ctx context.Context, dir string, limit time.Duration) (*os.File, error) {
+	path := filepath.Join(dir, turnLock)
+	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0o600)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
 		return os.Open(os.DevNull) // the command will say what is missing
-	}
-	if err != nil {
+	case errors.Is(err, fs.ErrPermission):
+		return nil, &layerfs.UnsupportedError{Feature: name, Reason: "the calls of the zfs-fuse daemon cannot be kept apart: " + err.Error()}
+	case err != nil:
 		return nil, err
 	}
-	for {
-		err := flock(f)
-		if err == nil {
-			return f, nil
-		}
-		if !errors.Is(err, unix.EWOULDBLOCK) {
-			f.Close()
-			return nil, err
-		}
-		t := time.NewTimer(look)
-		select {
-		case <-t.C:
-		case <-ctx.Done():
-			t.Stop()
-			f.Close()
-			return nil, context.Cause(ctx)
-		}
+	if err := waitTurn(ctx, f, limit); err != nil {
+		f.Close()
+		return nil, err
 	}
+	return f, nil
 }
 
-// unmountTurn is daemonTurn for an unmount, which nobody cancels but which must
-// not wait for good behind a call that does not end.
-func unmountTurn() (*os.File, error) {
-	ctx, cancel := context.WithTimeoutCause(context.Background(), 3*settle, errors.New("another call of zfs does not end"))
+func waitTurn(ctx context.Context, f *os.File, limit time.Duration) error {
+	var st unix.Stat_t
+	if err := unix.Fstat(int(f.Fd()), &st); err != nil {
+		return &os.PathError{Op: "fstat", Path: f.Name(), Err: err}
+	}
+	if st.Mode&unix.S_IFMT != unix.S_IFREG || st.Mode&0o077 != 0 || int(st.Uid) != os.Geteuid() {
+		return fmt.Errorf("%s: not a file of this user alone (mode %#o, owner %d)", f.Name(), st.Mode, st.Uid)
+	}
+	ctx, cancel := context.WithTimeoutCause(ctx, limit,
+		fmt.Errorf("another call of zfs, mount or unmount with zfs-fuse has not ended in %v (who has locked %s)", limit, f.Name()))
 	defer cancel()
-	return daemonTurn(ctx)
+	tick := time.NewTicker(look)
+	defer tick.Stop()
+	for {
+		err := flock(f)
+		if !errors.Is(err, unix.EWOULDBLOCK) {
+			return err
+		}
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+	}
 }
 
 // mountByDaemon has the daemon mount a dataset at its stage. That is its
@@ -124,7 +143,7 @@ const asidePrefix = "aside"
 // moved out of sight instead, which works if the mount around it is not shared
 // (mount(2), EINVAL); else the error matches layerfs.ErrInUse.
 func (m *mechanism) hideFromDaemon(path string) error {
-	turn, err := unmountTurn()
+	turn, err := daemonTurn(context.Background()) // nobody cancels an unmount
 	if err != nil {
 		return err
 	}
@@ -174,7 +193,7 @@ func (m *mechanism) clearAsides(id string) error {
 	if err != nil || len(paths) == 0 {
 		return err
 	}
-	turn, err := unmountTurn()
+	turn, err := daemonTurn(context.Background()) // nobody cancels an unmount
 	if err != nil {
 		return err
 	}

@@ -65,8 +65,12 @@
 //
 // # zfs-fuse
 //
-// One call, mount or unmount at a time is asked of the daemon, and a mount is
-// only given up when all that was asked of it has been answered. So Put of a
+// One call, mount or unmount at a time is asked of the daemon, by all processes
+// together: they lock a file beside its socket, and give up after a minute. Send
+// is one call until its stream has been read. A call whose context is done is
+// left to end, as the daemon would go on with it anyway.
+//
+// A mount is only given up when all that was asked of it has been answered. So Put of a
 // layer with open files moves the mount out of sight, where it stays until they
 // are closed and the layer is put or removed again; if the mount around the root
 // is shared that is impossible, and Put fails with an error that matches

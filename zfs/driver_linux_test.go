@@ -262,6 +262,7 @@ func TestCommandErrors(t *testing.T) {
 	require.ErrorIs(t, err, why)
 	sleeping := *d.m.tool
 	sleeping.zfs = "/bin/sleep"
+	sleeping.turn = nil // with one it is not killed: TestTurns
 	ctx2, cancel2 := context.WithTimeout(t.Context(), 50e6)
 	defer cancel2()
 	_, err = sleeping.run(ctx2, "60")
