@@ -45,6 +45,9 @@ func (m *mechanism) runProgram(ctx context.Context, plan *mount.Overlay, target 
 	if err == nil {
 		err = ask.Mount(ctx, m.opts.MountProgram, p)
 	}
+	if errors.Is(err, unix.EBUSY) {
+		err = fmt.Errorf("%w: %w", layerfs.ErrInUse, err)
+	}
 	if err != nil {
 		err = fmt.Errorf("mount program %s: %w", m.opts.MountProgram, err)
 	}

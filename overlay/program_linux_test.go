@@ -197,6 +197,8 @@ func TestUnionProgramErrors(t *testing.T) {
 		_, err = d.Get(ctx, "top", nil)
 		require.ErrorContains(t, err, "mount program "+program+": ")
 		require.ErrorContains(t, err, "writable in another union")
+		require.ErrorIs(t, err, layerfs.ErrInUse)
+		require.ErrorIs(t, err, unix.EBUSY)
 		require.NoError(t, unix.Flock(int(lock.Fd()), unix.LOCK_UN))
 		_, err = d.Get(ctx, "top", nil)
 		require.NoError(t, err)

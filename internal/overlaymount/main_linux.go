@@ -95,7 +95,7 @@ func serve() error {
 	}
 	fs, err := open(&req.Plan)
 	if err != nil {
-		return errors.Join(err, out.Encode(ask.Answer{Error: err.Error()}))
+		return errors.Join(err, out.Encode(ask.Failed(err)))
 	}
 	srv, err := mounted(in, out, &req, fs)
 	if err != nil {
@@ -122,7 +122,7 @@ func mounted(in *json.Decoder, out *json.Encoder, req *ask.Request, fs *unionfs.
 	}
 	srv, err := fusesrv.Serve(cfg, ask.DeviceFD)
 	if err != nil {
-		return nil, errors.Join(err, out.Encode(ask.Answer{Error: err.Error()}))
+		return nil, errors.Join(err, out.Encode(ask.Failed(err)))
 	}
 	_ = out.Encode(ask.Answer{}) // the kernel tells when it is to end, not the caller
 	return srv, nil
@@ -132,14 +132,36 @@ func mounted(in *json.Decoder, out *json.Encoder, req *ask.Request, fs *unionfs.
 // upper directory a moment after it was unmounted.
 const busyFor = 5 * time.Second
 
+// open opens what the caller asks for, as long as there is one: nobody looks
+// after a server that changes the upper directory later.
 func open(p *ask.Plan) (*unionfs.FS, error) {
 	end := time.Now().Add(busyFor)
 	for wait := time.Millisecond; ; wait = min(2*wait, 20*time.Millisecond) {
+		if err := called(); err != nil {
+			return nil, err
+		}
 		fs, _, err := unionfs.Open(engineConfig(p))
 		if !errors.Is(err, unix.EBUSY) || time.Now().After(end) {
 			return fs, err
 		}
 		time.Sleep(wait)
+	}
+}
+
+// called fails if the caller has ended.
+func called() error {
+	poll := []unix.PollFd{{Fd: ask.ConnFD, Events: unix.POLLRDHUP}}
+	for {
+		n, err := unix.Poll(poll, 0)
+		switch {
+		case err == unix.EINTR:
+			continue
+		case err != nil:
+			return os.NewSyscallError("poll", err)
+		case n > 0:
+			return errors.New("the caller has ended")
+		}
+		return nil
 	}
 }
 

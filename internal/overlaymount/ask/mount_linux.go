@@ -10,6 +10,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -40,8 +41,35 @@ type Request struct {
 // An Answer comes for both.
 type Answer struct {
 	Error string
-	Mount Call // the first one: how to mount
+	Errno syscall.Errno // that Error comes from, 0 for none
+	Mount Call          // the first one: how to mount
 }
+
+// Failed is the answer that tells an error.
+func Failed(err error) Answer {
+	a := Answer{Error: err.Error()}
+	errors.As(err, &a.Errno)
+	return a
+}
+
+// err returns the error that an answer tells, which matches what it comes from.
+func (a *Answer) err() error {
+	switch {
+	case a.Error == "":
+		return nil
+	case a.Errno == 0:
+		return errors.New(a.Error)
+	}
+	return &failure{a.Error, a.Errno}
+}
+
+type failure struct {
+	text  string
+	errno syscall.Errno
+}
+
+func (f *failure) Error() string { return f.text }
+func (f *failure) Unwrap() error { return f.errno }
 
 // Call has the arguments of mount(2).
 type Call struct {
@@ -55,7 +83,8 @@ type Call struct {
 const startedEnv = "LAYERFS_MOUNT_PROGRAM"
 
 // Mount mounts a plan, and returns when a server of the program serves it. A
-// Mount that failed leaves nothing mounted. ctx bounds it.
+// Mount that failed leaves nothing mounted. The error matches EBUSY if the upper
+// directory stays in use. ctx bounds it.
 func Mount(ctx context.Context, program string, p *Plan) (err error) {
 	if os.Getenv(startedEnv) != "" {
 		return errors.New("this process was started as a mount program, but does not call Main first in its main function")
@@ -109,10 +138,7 @@ func exchange(in *json.Decoder, out *json.Encoder, v any) (Call, error) {
 	if err := in.Decode(&a); err != nil {
 		return a.Mount, fmt.Errorf("the server gave no answer: %w", err)
 	}
-	if a.Error != "" {
-		return a.Mount, errors.New(a.Error)
-	}
-	return a.Mount, nil
+	return a.Mount, a.err()
 }
 
 func ignoreNotMounted(err error) error {
