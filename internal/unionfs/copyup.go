@@ -315,7 +315,7 @@ func (fs *FS) tryCopyUp(n *Node, limit int64) (again bool, err error) {
 		return false, unix.ESTALE
 	}
 	if dead {
-		return false, fs.copyUpOrphan(n, w, &src, &st, limit)
+		return fs.copyUpOrphan(n, w, &src, &st, limit)
 	}
 	// The name that is copied must be the one that was found to work.
 	if src.in != nil {
@@ -657,39 +657,46 @@ func (fs *FS) placeCopy(n *Node, l link, w *Branch, pfd int, c *dup, st *unix.St
 	return false, nil
 }
 
-// copyUpOrphan copies a file that has no name any more but is open.
-func (fs *FS) copyUpOrphan(n *Node, w *Branch, src *ref, st *unix.Stat_t, limit int64) error {
+// copyUpOrphan copies a file that has no name any more but is open. What other
+// names of it the lower branch may have go on meaning the file there.
+func (fs *FS) copyUpOrphan(n *Node, w *Branch, src *ref, st *unix.Stat_t, limit int64) (again bool, err error) {
 	if st.Mode&unix.S_IFMT != unix.S_IFREG {
-		return unix.EROFS
+		return false, unix.EROFS
 	}
 	dir, err := fs.orphanDir(w)
 	if err != nil {
-		return err
+		return false, err
 	}
 	defer unix.Close(dir)
 	alone := func(change func() error) error { return change() }
 	c, err := fs.makeCopy(&dup{dir: dir, fd: -1, quietly: alone}, "orphan", w, src, st, limit)
 	if err != nil {
-		return err
+		return false, err
+	}
+	defer c.close()
+	fs.tabMu.Lock()
+	if !n.dead {
+		fs.tabMu.Unlock()
+		return true, nil // looked up by another name meanwhile
 	}
 	f := &File{fs: fs, node: n, fd: c.fd, br: w, wfd: true}
 	f.refs.Store(1)
 	c.fd = -1
-	c.close()
 	w.files.Add(1)
 	w.wopen.Add(1)
-	fs.tabMu.Lock()
+	if n.hashed && fs.byKey[n.key] == n {
+		delete(fs.byKey, n.key)
+		n.hashed = false
+	}
 	old := n.orphan
 	n.br, n.key, n.orphan = w, keyOf(&c.st), f
 	n.files = append(n.files, f)
 	fs.inos[n.key] = n.ino
 	k := n.key
 	fs.tabMu.Unlock()
-	if old != nil {
-		old.Close()
-	}
+	old.drop()
 	if fs.copiedUp != nil {
 		fs.copiedUp(n, k.dev, k.ino)
 	}
-	return nil
+	return false, nil
 }

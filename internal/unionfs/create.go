@@ -335,8 +335,9 @@ func (fs *FS) Link(n *Node, dir *Node, name string, st *unix.Stat_t) error {
 			n.hashed = true
 			fs.byKey[n.key] = n
 		}
-		n.addLink(dir, name)
+		orphan := n.addLink(dir, name)
 		fs.tabMu.Unlock()
+		orphan.drop()
 		return nil
 	})
 	if err != nil {

@@ -70,6 +70,13 @@ func (f *File) Share() *File {
 	return f.fs.addFile(&File{fs: f.fs, node: f.node, fd: f.fd, br: f.br, wfd: f.wfd, of: f})
 }
 
+// drop closes an orphan that a node had, if it had one; tabMu is not held.
+func (f *File) drop() {
+	if f != nil {
+		f.Close()
+	}
+}
+
 // Close closes the file. Calls that run on it end first.
 func (f *File) Close() {
 	n := f.node

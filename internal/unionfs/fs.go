@@ -341,9 +341,7 @@ func (fs *FS) free(n *Node) *Node {
 	orphan := n.orphan
 	n.orphan = nil
 	fs.tabMu.Unlock()
-	if orphan != nil {
-		orphan.Close()
-	}
+	orphan.drop()
 	if n.IsDir() && fs.watch != nil {
 		fs.watch.Remove(n)
 	}

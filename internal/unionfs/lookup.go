@@ -308,16 +308,17 @@ func (fs *FS) attach(dir *Node, name string, f *found, st *unix.Stat_t) (*Node, 
 		return n, nil
 	}
 	p := fs.plinks[k]
+	var orphan *File
 	switch {
 	case n != nil && n.typ == typ && !n.dead && (n.key == k || p != nil && n.plink == p):
 	case p != nil && p.node != nil:
 		n = p.node
-		n.addLink(dir, name)
+		orphan = n.addLink(dir, name)
 	case p != nil:
 		n = fs.newNode(typ)
 		n.ino, n.br, n.key, n.plink = p.ino, p.br, p.upper, p
 		p.node = n
-		n.addLink(dir, name)
+		orphan = n.addLink(dir, name)
 	default:
 		multi := f.st.Nlink > 1 && !fs.noPlink
 		n = nil
@@ -341,11 +342,12 @@ func (fs *FS) attach(dir *Node, name string, f *found, st *unix.Stat_t) (*Node, 
 				fs.byKey[k] = n
 			}
 		}
-		n.addLink(dir, name)
+		orphan = n.addLink(dir, name)
 	}
 	n.refs.Add(1)
 	pl, hidden := n.plink, fs.hid[k]
 	fs.tabMu.Unlock()
+	orphan.drop()
 	*st = f.st
 	if pl != nil {
 		if err := fstatat(pl.br.plnk, pl.name, st); err != nil {
@@ -381,8 +383,10 @@ func (dir *Node) addKid(name string, n *Node) {
 	dir.refs.Add(1)
 }
 
-// addLink adds a name of a non-directory. tabMu is held.
-func (n *Node) addLink(dir *Node, name string) {
+// addLink adds a name of a non-directory, by which it can be reached from then
+// on: the orphan it returns is to be dropped. tabMu is held.
+func (n *Node) addLink(dir *Node, name string) (orphan *File) {
+	orphan, n.orphan = n.orphan, nil
 	n.dead = false
 	for _, l := range n.links {
 		if l.dir == dir && l.name == name {
@@ -390,11 +394,12 @@ func (n *Node) addLink(dir *Node, name string) {
 				dir.kids = map[string]*Node{}
 			}
 			dir.kids[name] = n
-			return
+			return orphan
 		}
 	}
 	n.links = append(n.links, link{dir, name})
 	dir.addKid(name, n)
+	return orphan
 }
 
 // delLink takes a name away and returns whether the parent's reference is to

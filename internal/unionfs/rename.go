@@ -346,9 +346,14 @@ func (m *mover) holdReplaced() (release func()) {
 	fs.tabMu.Unlock()
 	return func() {
 		fs.tabMu.Lock()
-		o.orphan = nil
+		held := o.orphan == f // another name may have been looked up
+		if held {
+			o.orphan = nil
+		}
 		fs.tabMu.Unlock()
-		f.Close()
+		if held {
+			f.Close()
+		}
 	}
 }
 
@@ -391,6 +396,7 @@ func (m *mover) rename(n *Node, from *Node, name string, to *Node, newName strin
 	fs := m.fs
 	fs.tabMu.Lock()
 	var back bool
+	var orphan *File
 	if n.IsDir() {
 		if from.kids[name] == n {
 			delete(from.kids, name)
@@ -408,9 +414,10 @@ func (m *mover) rename(n *Node, from *Node, name string, to *Node, newName strin
 		to.addKid(newName, n)
 	} else {
 		back = n.delLink(from, name)
-		n.addLink(to, newName)
+		orphan = n.addLink(to, newName)
 	}
 	fs.tabMu.Unlock()
+	orphan.drop()
 	if back {
 		fs.Forget(from, 1)
 	}

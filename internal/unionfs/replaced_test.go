@@ -74,3 +74,89 @@ func TestReplaced(t *testing.T) {
 		})
 	}
 }
+
+// TestReplacedLinked checks a file that has another name which nobody knew when
+// one was taken from it: once that is looked up, only what is open keeps the
+// branch in use.
+func TestReplacedLinked(t *testing.T) {
+	for name, noPlink := range map[string]bool{"pseudo-links": false, "none": true} {
+		for _, side := range []string{"upper", "lower"} {
+			t.Run(name+"/"+side, func(t *testing.T) { testReplacedLinked(t, noPlink, side) })
+		}
+	}
+}
+
+func testReplacedLinked(t *testing.T, noPlink bool, side string) {
+	root := t.TempDir()
+	at := root + "/" + side
+	for _, d := range []string{root + "/upper", root + "/lower"} {
+		require.NoError(t, os.Mkdir(d, 0o755))
+	}
+	require.NoError(t, os.WriteFile(at+"/f", []byte("old"), 0o644))
+	require.NoError(t, os.Link(at+"/f", at+"/g"))
+	require.NoError(t, os.WriteFile(root+"/upper/new", []byte("new"), 0o644))
+	fs := mustOpen(t, &Config{Branches: []BranchSpec{{root + "/upper", RW}, {root + "/lower", RO}}, NoPlink: noPlink})
+	files := func() (n int64) {
+		for _, b := range fs.stack {
+			n += b.files.Load()
+		}
+		return n
+	}
+	var st unix.Stat_t
+	f, err := fs.Lookup(fs.root, "f", &st)
+	require.NoError(t, err)
+	h, err := fs.OpenFile(f, unix.O_RDONLY, false)
+	require.NoError(t, err)
+	require.NoError(t, fs.Rename(fs.root, "new", fs.root, "f", 0))
+	g, err := fs.Lookup(fs.root, "g", &st)
+	require.NoError(t, err)
+	if side == "lower" && !noPlink {
+		assert.Same(t, f, g)
+	}
+	h.Close()
+	fs.Forget(f, 1)
+	assert.Zero(t, files(), "nothing is open")
+	r, err := fs.OpenFile(g, unix.O_RDONLY, false)
+	require.NoError(t, err)
+	b := make([]byte, 10)
+	n, err := unix.Pread(r.FD(), b, 0)
+	require.NoError(t, err)
+	assert.Equal(t, "old", string(b[:n]))
+	r.Close()
+	fs.Forget(g, 1)
+	assert.Zero(t, files())
+}
+
+// TestOrphanOfLinked checks that a copy of a file that lost its name does not
+// take another name with it that the file has on the lower branch.
+func TestOrphanOfLinked(t *testing.T) {
+	root := t.TempDir()
+	require.NoError(t, os.Mkdir(root+"/rw", 0o755))
+	require.NoError(t, os.Mkdir(root+"/ro", 0o755))
+	require.NoError(t, os.WriteFile(root+"/ro/f", []byte("old"), 0o644))
+	require.NoError(t, os.Link(root+"/ro/f", root+"/ro/g"))
+	fs := mustOpen(t, &Config{Branches: []BranchSpec{{root + "/rw", RW}, {root + "/ro", RO}}})
+	var st unix.Stat_t
+	f, err := fs.Lookup(fs.root, "f", &st)
+	require.NoError(t, err)
+	h, err := fs.OpenFile(f, unix.O_RDONLY, false)
+	require.NoError(t, err)
+	require.NoError(t, fs.Unlink(fs.root, "f"))
+	w, err := fs.OpenFile(f, unix.O_WRONLY|unix.O_TRUNC, false)
+	require.NoError(t, err)
+	h.Close()
+	g, err := fs.Lookup(fs.root, "g", &st)
+	require.NoError(t, err)
+	assert.EqualValues(t, 3, st.Size)
+	r, err := fs.OpenFile(g, unix.O_RDONLY, false)
+	require.NoError(t, err)
+	r.Close()
+	w.Close()
+	require.NoError(t, fs.GetAttr(f, &st))
+	assert.Zero(t, st.Size)
+	fs.Forget(f, 1)
+	fs.Forget(g, 1)
+	for _, b := range fs.stack {
+		assert.Zero(t, b.files.Load(), b.path)
+	}
+}
