@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -159,15 +160,51 @@ func (m *mechanism) hideFromDaemon(path string) error {
 	if err != nil {
 		return err
 	}
+	views, err := filepath.EvalSymlinks(m.state("views"))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil // New tries what works here
+	}
+	if err != nil {
+		return err
+	}
 	for _, other := range shown {
-		if isAside(other.Mountpoint) {
+		if _, ok := asideIn(views, other.Mountpoint); ok {
 			return m.clearAside(other.Mountpoint)
 		}
 	}
 	return nil
 }
 
-func isAside(path string) bool { return strings.HasPrefix(filepath.Base(path), asidePrefix) }
+// asideIn returns the layer whose file system was moved aside to a path, if it is
+// such a place of a driver whose private mounts are in a directory of views. A
+// layer itself may have a name like one.
+func asideIn(views, path string) (id string, ok bool) {
+	if filepath.Dir(filepath.Dir(path)) != views {
+		return "", false
+	}
+	return asideOf(filepath.Base(path))
+}
+
+// asideOf returns the layer in the name of a directory among the private mounts:
+// asidePrefix, digits, ".", the id, which may hold dots. All other names there
+// begin with a digit.
+func asideOf(name string) (id string, ok bool) {
+	rest, ok := strings.CutPrefix(name, asidePrefix)
+	number, id, dot := strings.Cut(rest, ".")
+	if !ok || !dot || number == "" || id == "" || strings.Trim(number, "0123456789") != "" {
+		return "", false
+	}
+	return id, true
+}
+
+// layerAt returns the layer that is mounted at a path of this package.
+func (m *mechanism) layerAt(path string) string {
+	name := filepath.Base(path)
+	if filepath.Dir(filepath.Dir(path)) == m.state("views") {
+		_, name, _ = strings.Cut(name, ".") // of this driver or of one that is gone
+	}
+	return name
+}
 
 // clearAside unmounts a file system that was moved aside, if its files have been
 // closed since. The caller has the turn.
@@ -189,7 +226,11 @@ func (m *mechanism) clearAsides(id string) error {
 	if m.facts.Kernel {
 		return nil
 	}
-	paths, err := filepath.Glob(globQuote(m.state("views")) + "/*/" + asidePrefix + "*." + globQuote(id))
+	paths, err := filepath.Glob(globQuote(m.state("views")) + "/*/" + asidePrefix + "*")
+	paths = slices.DeleteFunc(paths, func(path string) bool {
+		of, ok := asideIn(m.state("views"), path)
+		return !ok || of != id
+	})
 	if err != nil || len(paths) == 0 {
 		return err
 	}
@@ -292,14 +333,10 @@ func answered(path string, minor int) error {
 // putAside moves the file system mounted at path, which is busy, to where nobody
 // looks for it.
 func (m *mechanism) putAside(path string, busy error) error {
-	id := filepath.Base(path)
 	if m.views == nil {
 		return busy // New tries what works here; nobody else knows of this mount
 	}
-	if filepath.Dir(path) == m.views.dir {
-		_, id, _ = strings.Cut(id, ".")
-	}
-	aside := filepath.Join(m.views.dir, fmt.Sprintf("%s%d.%s", asidePrefix, m.serial.Add(1), id))
+	aside := filepath.Join(m.views.dir, fmt.Sprintf("%s%d.%s", asidePrefix, m.serial.Add(1), m.layerAt(path)))
 	if err := os.Mkdir(aside, 0o700); err != nil {
 		return err
 	}
