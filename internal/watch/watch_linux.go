@@ -242,10 +242,8 @@ func (h *Hub) dispatch(b []byte) {
 		h.mu.Lock()
 		if m&unix.IN_Q_OVERFLOW != 0 {
 			// A barrier's marker may be among what was dropped.
-			for wd, c := range h.bars {
-				close(c)
-				delete(h.bars, wd)
-			}
+			bars := h.bars
+			h.bars = map[int32]chan struct{}{}
 			var cs []*Client
 			for c := range h.clients {
 				cs = append(cs, c)
@@ -253,6 +251,9 @@ func (h *Hub) dispatch(b []byte) {
 			h.mu.Unlock()
 			for _, c := range cs {
 				c.h.Lost()
+			}
+			for _, b := range bars {
+				close(b)
 			}
 			continue
 		}

@@ -2,6 +2,7 @@ package watch
 
 import (
 	"context"
+	"encoding/binary"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -10,6 +11,7 @@ import (
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
+	"golang.org/x/sys/unix"
 )
 
 type recorder struct {
@@ -113,4 +115,40 @@ type blocker struct {
 func (b *blocker) Event(Event) {
 	b.once.Do(func() { close(b.entered) })
 	<-b.leave
+}
+
+type lostFunc func()
+
+func (lostFunc) Event(Event) {}
+func (f lostFunc) Lost()     { f() }
+
+// Whoever waits for a barrier must know of the loss when it returns.
+func TestOverflowIsToldFirst(t *testing.T) {
+	h := mustNew(t)
+	reached := make(chan struct{})
+	told := 0
+	for range 2 {
+		h.Client(lostFunc(func() {
+			told++
+			select {
+			case <-reached:
+				t.Error("the barrier was reached before")
+			default:
+			}
+		}))
+	}
+	h.mu.Lock()
+	h.bars[77] = reached
+	h.mu.Unlock()
+	event := make([]byte, unix.SizeofInotifyEvent)
+	binary.NativeEndian.PutUint32(event, ^uint32(0))
+	binary.NativeEndian.PutUint32(event[4:], unix.IN_Q_OVERFLOW)
+	h.dispatch(event)
+	assert.Equal(t, 2, told)
+	select {
+	case <-reached:
+	default:
+		t.Error("the barrier was not reached")
+	}
+	assert.Empty(t, h.bars)
 }
