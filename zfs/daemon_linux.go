@@ -57,6 +57,8 @@ const (
 	// own.
 	turnLimit = 3 * settle
 
+	// brief is how long a mount may be busy before its files count as open.
+	brief = 50 * time.Millisecond
 	// look is the time between two looks at what the daemon does.
 	look = 2 * time.Millisecond
 )
@@ -288,10 +290,20 @@ func (m *mechanism) leave(path string, shown []mountinfo.Info) error {
 	}
 	all := daemons()
 	before := all.files()
-	if err := mount.UnmountNow(path); err != nil {
+	err := mount.UnmountNow(path)
+	// A look at all mounts, as df does, holds one for a moment; of the mounts that
+	// New tries nobody has files open.
+	patience := brief
+	if m.views == nil {
+		patience = settle
+	}
+	for end := time.Now().Add(patience); errors.Is(err, unix.EBUSY) && time.Now().Before(end); time.Sleep(look) {
+		err = mount.UnmountNow(path)
+	}
+	if err != nil {
 		return err
 	}
-	_, err := os.Stat(connection(shown[0].Minor))
+	_, err = os.Stat(connection(shown[0].Minor))
 	if before == 0 || err == nil {
 		return nil // the daemon is in another process namespace, or the file system in another one of mounts
 	}
