@@ -5,8 +5,6 @@ package unionfs
 import (
 	"errors"
 	"slices"
-	"strings"
-	"unicode/utf8"
 
 	"golang.org/x/sys/unix"
 )
@@ -126,22 +124,15 @@ func (fs *FS) makeIndex(dir *Node, is []*inst, budget int) *index {
 			x.ask[k] = true
 			continue
 		}
-		if !exactTypes[i.br.fsType] || fs.watch != nil && i.br.perm != RR && !i.watched.Load() {
+		folds, known := indexTypes[i.br.fsType]
+		if !known || fs.watch != nil && i.br.perm != RR && !i.watched.Load() {
 			x.ask[k] = true
 			i.unpin()
 			continue
 		}
-		sample, other, odd, both := "", "", false, false
+		c := caseTest{folds: folds}
 		err = listDir(fd, *bp, func(e dirent) error {
-			if sample == "" {
-				if other = swapCase(e.name); other != e.name {
-					sample = e.name
-				} else {
-					odd = odd || strings.ContainsFunc(e.name, func(r rune) bool { return r >= utf8.RuneSelf })
-				}
-			} else if e.name == other {
-				both = true
-			}
+			c.listed(e.name)
 			name, _ := fs.format.Concerns(e.name)
 			if name == "" {
 				return nil
@@ -162,16 +153,11 @@ func (fs *FS) makeIndex(dir *Node, is []*inst, budget int) *index {
 			}
 			return nil
 		})
-		if sample != "" {
-			var st unix.Stat_t
-			odd, _ = exists(fd, other, &st)
-			odd = odd && !both
-		}
+		x.ask[k] = err != nil || !c.exact(fd)
 		i.unpin()
 		if err != nil {
 			return nil
 		}
-		x.ask[k] = odd
 	}
 	fs.tabMu.Lock()
 	defer fs.tabMu.Unlock()
@@ -208,16 +194,89 @@ func (fs *FS) unindex(dir *Node, name string) {
 	x.fresh[name] = struct{}{}
 }
 
-// exactTypes are file systems that find a name as it is listed only, unless
-// a directory folds cases, and whose changes inotify sees.
-var exactTypes = map[int64]bool{
-	unix.EXT4_SUPER_MAGIC: true, unix.XFS_SUPER_MAGIC: true, unix.BTRFS_SUPER_MAGIC: true, unix.TMPFS_MAGIC: true,
-	unix.OVERLAYFS_SUPER_MAGIC: true, unix.EROFS_SUPER_MAGIC_V1: true, unix.SQUASHFS_MAGIC: true,
+// A fold says how a directory of a file system may come to find names that it
+// does not list.
+type fold uint8
+
+const (
+	foldNever fold = iota
+	foldFlag       // with FS_CASEFOLD_FL, which only an empty one can be given
+	foldMount      // as the file system was made, or those below it
+)
+
+// indexTypes are file systems whose changes inotify sees, and which find a name
+// as it is listed only, unless a directory folds cases: XFS all of them or none
+// (mkfs.xfs -n version=ci).
+var indexTypes = map[int64]fold{
+	unix.EXT4_SUPER_MAGIC: foldFlag, unix.TMPFS_MAGIC: foldFlag,
+	unix.XFS_SUPER_MAGIC: foldMount, unix.OVERLAYFS_SUPER_MAGIC: foldMount,
+	unix.BTRFS_SUPER_MAGIC: foldNever, unix.EROFS_SUPER_MAGIC_V1: foldNever, unix.SQUASHFS_MAGIC: foldNever,
 }
 
-// swapCase exchanges upper and lower case of the first ASCII letter. If
-// a directory has both names it does not fold cases, and if it finds one that
-// it did not list, it does.
+// A caseTest finds out whether a directory folds cases: it does if it finds
+// a name in another case that it does not list.
+type caseTest struct {
+	folds         fold
+	any           bool
+	sample, other string // the first name with a letter, and its other case
+	both          bool   // other is listed, too
+}
+
+func (c *caseTest) listed(name string) {
+	c.any = true
+	if c.sample == "" {
+		if other := swapCase(name); other != name {
+			c.sample, c.other = name, other
+		}
+		return
+	}
+	c.both = c.both || name == c.other
+}
+
+// exact reports whether it is certain that the directory fd, all of whose names
+// were listed, finds no others, and will not.
+func (c *caseTest) exact(fd int) bool {
+	switch c.folds {
+	case foldNever:
+		return true
+	case foldFlag:
+		if !c.any {
+			return false
+		}
+		flagged, err := caseFlag(fd)
+		return err == nil && !flagged
+	}
+	if c.sample == "" {
+		return false
+	}
+	var st unix.Stat_t
+	swapped, err := exists(fd, c.other, &st)
+	if err != nil || swapped {
+		return err == nil && c.both
+	}
+	// The name may have been taken away before its other case was looked for.
+	still, err := exists(fd, c.sample, &st)
+	return err == nil && still
+}
+
+// caseFlag reports whether FS_CASEFOLD_FL is set on the directory fd.
+func caseFlag(fd int) (bool, error) {
+	d, err := unix.Openat(fd, ".", unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return false, err
+	}
+	defer unix.Close(d)
+	flags, err := unix.IoctlGetUint32(d, unix.FS_IOC_GETFLAGS)
+	if err == unix.ENOTTY || err == unix.EOPNOTSUPP {
+		return false, nil // it knows no flags, as tmpfs before Linux 6.0
+	}
+	return flags&caseFoldFlag != 0, err
+}
+
+// caseFoldFlag is FS_CASEFOLD_FL, linux/fs.h.
+const caseFoldFlag = 0x40000000
+
+// swapCase exchanges upper and lower case of the first ASCII letter.
 func swapCase(name string) string {
 	for i := 0; i < len(name); i++ {
 		if c := name[i] | 0x20; 'a' <= c && c <= 'z' {

@@ -12,6 +12,8 @@ import (
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 	"golang.org/x/sys/unix"
+
+	"github.com/layerfs/layerfs/internal/testenv"
 )
 
 // TestIndex makes random changes on the branches and in the union, and compares
@@ -220,6 +222,16 @@ func TestIndexLimits(t *testing.T) {
 		require.NoError(t, err)
 		lookups(fs, 300)
 	})
+	t.Run("of-those-that-may-fold-cases-later", func(t *testing.T) {
+		more := append([]BranchSpec{{t.TempDir(), RO}}, specs...) // empty
+		fs := mustOpen(t, &Config{Branches: more})
+		fs.KeepListings(true)
+		lookups(fs, 300)
+		require.True(t, fs.root.index != nil)
+		if indexTypes[fs.stack[0].fsType] != foldNever {
+			assert.True(t, fs.root.index.ask[0])
+		}
+	})
 	t.Run("a-watch-that-fails", func(t *testing.T) {
 		fs := mustOpen(t, &Config{Branches: specs, Watch: refusing{}})
 		fs.KeepListings(true)
@@ -235,6 +247,92 @@ type refusing struct{}
 
 func (refusing) Add(*Node, int) error { return unix.ENOSPC }
 func (refusing) Remove(*Node)         {}
+
+// TestCaseTest checks which directories are taken to find what they list only.
+func TestCaseTest(t *testing.T) {
+	for _, tt := range []struct {
+		name   string
+		folds  fold
+		listed []string
+		there  []string // unlisted, as if the directory found them
+		gone   string   // after it was listed
+		exact  bool
+	}{
+		{"never", foldNever, nil, nil, "", true},
+		{"empty-and-may-be-flagged", foldFlag, nil, nil, "", false},
+		{"no-flag", foldFlag, []string{"1"}, nil, "", true},
+		{"empty", foldMount, nil, nil, "", false},
+		{"no-letters", foldMount, []string{"1", "é"}, nil, "", false},
+		{"a-letter", foldMount, []string{"1", "a"}, nil, "", true},
+		{"both-cases", foldMount, []string{"a", "b", "A"}, nil, "", true},
+		{"found-in-another-case", foldMount, []string{"1", "a"}, []string{"A"}, "", false},
+		{"gone-before-it-was-tried", foldMount, []string{"a"}, nil, "a", false},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			dir := t.TempDir()
+			c := caseTest{folds: tt.folds}
+			for _, n := range tt.listed {
+				c.listed(n)
+			}
+			for _, n := range append(tt.listed, tt.there...) {
+				require.NoError(t, os.WriteFile(dir+"/"+n, nil, 0o600))
+			}
+			if tt.gone != "" {
+				require.NoError(t, os.Remove(dir+"/"+tt.gone))
+			}
+			fd, err := openDirAt(unix.AT_FDCWD, dir)
+			require.NoError(t, err)
+			defer unix.Close(fd)
+			assert.Equal(t, tt.exact, c.exact(fd))
+		})
+	}
+	t.Run("an-error-is-no-answer", func(t *testing.T) {
+		fd, err := unix.MemfdCreate("file", unix.MFD_CLOEXEC)
+		require.NoError(t, err)
+		defer unix.Close(fd)
+		for _, folds := range []fold{foldFlag, foldMount} {
+			c := caseTest{folds: folds}
+			c.listed("a")
+			assert.False(t, c.exact(fd))
+			assert.False(t, c.exact(-1))
+		}
+	})
+}
+
+// TestIndexFolding looks up, in another case, what directories that fold cases
+// got after they were indexed.
+func TestIndexFolding(t *testing.T) {
+	testenv.RequireRoot(t)
+	dir := t.TempDir()
+	if err := unix.Mount("folding", dir, "tmpfs", 0, "casefold"); err != nil {
+		t.Skip("tmpfs without case folding: ", err)
+	}
+	defer func() { assert.NoError(t, unix.Unmount(dir, unix.MNT_DETACH)) }()
+	var specs []BranchSpec
+	for k := range indexMin {
+		p := fmt.Sprint(dir, "/l", k)
+		require.NoError(t, os.Mkdir(p, 0o755))
+		f, err := os.Open(p)
+		require.NoError(t, err)
+		require.NoError(t, unix.IoctlSetPointerInt(int(f.Fd()), unix.FS_IOC_SETFLAGS, caseFoldFlag))
+		f.Close()
+		require.NoError(t, os.WriteFile(fmt.Sprint(p, "/", k), nil, 0o644)) // no letter
+		specs = append(specs, BranchSpec{p, RO})
+	}
+	fs := mustOpen(t, &Config{Branches: specs})
+	fs.KeepListings(true)
+	var st unix.Stat_t
+	for range 100 {
+		_, err := fs.Lookup(fs.root, "none", &st)
+		require.ErrorIs(t, err, unix.ENOENT)
+	}
+	require.True(t, fs.root.index != nil)
+	require.NoError(t, os.WriteFile(specs[2].Path+"/Name", nil, 0o644))
+	fs.Changed(fs.root, "Name")
+	n, err := fs.Lookup(fs.root, "nAME", &st)
+	require.NoError(t, err)
+	fs.Forget(n, 1)
+}
 
 func TestSwapCase(t *testing.T) {
 	for in, want := range map[string]string{"abc": "Abc", "Abc": "abc", "1Z": "1z", "12": "12", "é": "é", "éa": "éA", "": "", "@[`{": "@[`{"} {
