@@ -105,7 +105,13 @@ func isEmpty(dir string) (bool, error) {
 
 // NativeChanges reads the upper directories.
 func (m *mechanism) NativeChanges(ctx context.Context, chain lifecycle.Chain, base int) iter.Seq2[layerfs.Change, error] {
-	return merged.Changes(ctx, m.rules(), m.uppers(chain), base)
+	return func(yield func(layerfs.Change, error) bool) {
+		if err := m.still(ctx, chain.Layer().ID); err != nil {
+			yield(layerfs.Change{}, err)
+			return
+		}
+		merged.Changes(ctx, m.rules(), m.uppers(chain), base)(yield)
+	}
 }
 
 func (m *mechanism) rules() rules {

@@ -196,8 +196,10 @@ func (m *mechanism) removeRest(dir string) error {
 }
 
 // DeletesByID reports that nothing but the directory tells of a layer, and of a
-// quota the id of the project.
-func (m *mechanism) DeletesByID(rec *lifecycle.Record) bool { return rec.Quota == (layerfs.Quota{}) }
+// quota the id of the project. What is served must be released before.
+func (m *mechanism) DeletesByID(rec *lifecycle.Record) bool {
+	return rec.Quota == (layerfs.Quota{}) && !m.opts.union()
+}
 
 // Stored lists the layers that have a directory.
 func (m *mechanism) Stored(context.Context) ([]string, error) {

@@ -139,14 +139,20 @@ func (m *mechanism) prepareWork(rec *lifecycle.Record) error {
 	return os.WriteFile(m.volatilePath(rec.ID), []byte(layerdir.BootID()), 0o600)
 }
 
-// Unmount undoes Mount.
+// Unmount undoes Mount. Open files in the tree go on working, so that the layer
+// may stay in use.
 func (m *mechanism) Unmount(ctx context.Context, rec *lifecycle.Record) error {
 	err := m.unmount(ctx, m.Path(rec.ID))
-	if errors.Is(err, mount.ErrNotMounted) || errors.Is(err, os.ErrNotExist) {
-		return nil
+	if err != nil && !errors.Is(err, mount.ErrNotMounted) && !errors.Is(err, os.ErrNotExist) {
+		return err
 	}
-	if err == nil && m.opts.union() {
-		err = m.released(ctx, rec.ID)
+	// Also what somebody else has unmounted, who was killed before this.
+	err = m.Released(ctx, rec.ID)
+	if errors.Is(err, layerfs.ErrInUse) {
+		if m.opts.Logger != nil {
+			m.opts.Logger.Warn("unmounted, but still in use", "driver", name, "layer", rec.ID, "reason", err)
+		}
+		return nil
 	}
 	return err
 }

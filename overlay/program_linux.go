@@ -54,16 +54,22 @@ func (m *mechanism) runProgram(ctx context.Context, plan *mount.Overlay, target 
 	return err
 }
 
-// released waits until package union has let a layer go after it was unmounted:
-// until then its files are not as they will be. One that is still in use is not
-// waited for long.
-func (m *mechanism) released(ctx context.Context, id string) error {
+// Released waits until package union has let go of a layer that is not mounted:
+// until then its files are not as they will be. The error matches
+// [layerfs.ErrInUse] if it does not for long.
+func (m *mechanism) Released(ctx context.Context, id string) error {
+	if !m.opts.union() {
+		return nil
+	}
 	f, err := os.Open(m.upper(id))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
 	if err != nil {
 		return err
 	}
 	defer f.Close()
-	const patience = 500 * time.Millisecond // the next mount waits, too
+	const patience = 500 * time.Millisecond // a server needs some milliseconds
 	end := time.Now().Add(patience)
 	for wait := 200 * time.Microsecond; ; wait = min(2*wait, 20*time.Millisecond) {
 		err := unix.Flock(int(f.Fd()), unix.LOCK_SH|unix.LOCK_NB)
@@ -75,7 +81,7 @@ func (m *mechanism) released(ctx context.Context, id string) error {
 		case !errors.Is(err, unix.EWOULDBLOCK):
 			return &os.PathError{Op: "flock", Path: f.Name(), Err: err}
 		case time.Now().After(end):
-			return nil
+			return fmt.Errorf("%w: a mount of it lives on, by files open in it or in another mount namespace", layerfs.ErrInUse)
 		}
 		select {
 		case <-ctx.Done():
@@ -83,6 +89,25 @@ func (m *mechanism) released(ctx context.Context, id string) error {
 		case <-time.After(wait):
 		}
 	}
+}
+
+// still waits until a layer is released unless it is mounted, by whomever.
+func (m *mechanism) still(ctx context.Context, id string) error {
+	if !m.opts.union() {
+		return nil
+	}
+	mounted, err := mount.IsMountPoint(m.Path(id))
+	if err != nil || mounted {
+		return err
+	}
+	err = m.Released(ctx, id)
+	if errors.Is(err, layerfs.ErrInUse) {
+		// It may have been mounted meanwhile.
+		if mounted, merr := mount.IsMountPoint(m.Path(id)); merr == nil && mounted {
+			return nil
+		}
+	}
+	return err
 }
 
 // unmountProgram unmounts what a mount program mounted; without privilege only

@@ -2,6 +2,9 @@ package overlay
 
 import (
 	"bytes"
+	"errors"
+	"io"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -102,6 +105,74 @@ func TestServerKilled(t *testing.T) {
 		mounted, err := mount.IsMountPoint(path)
 		require.NoError(t, err)
 		require.False(t, mounted)
+	})
+}
+
+// TestReleased: a layer that was unmounted stays in use while a file is open in
+// its tree, and nobody takes it for still.
+func TestReleased(t *testing.T) {
+	ctx := t.Context()
+	var log bytes.Buffer
+	d := mustNew(t, t.TempDir(), &Options{MountProgram: layerfsProgram(t), Logger: slog.New(slog.NewTextHandler(&log, nil))})
+	stack(t, d)
+	free := func() bool {
+		f, err := os.Open(d.m.upper("top"))
+		require.NoError(t, err)
+		defer f.Close()
+		return unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB) == nil
+	}
+	t.Run("put", func(t *testing.T) {
+		f, err := os.Create(mustGet(t, d, "top") + "/open")
+		require.NoError(t, err)
+		defer f.Close()
+		require.NoError(t, d.Put(ctx, "top"))
+		require.Contains(t, log.String(), "layer=top")
+		_, err = f.WriteString("x")
+		require.NoError(t, err)
+		for op, do := range map[string]func() error{
+			"changes": func() error {
+				for _, err := range d.Changes(ctx, "top", "base") {
+					return err
+				}
+				return nil
+			},
+			"diff": func() error {
+				r, err := d.Diff(ctx, "top", "base", nil)
+				if err != nil {
+					return err
+				}
+				_, err = io.Copy(io.Discard, r)
+				return errors.Join(err, r.Close())
+			},
+			"apply":    func() error { _, err := d.Apply(ctx, "top", new(bytes.Buffer), nil); return err },
+			"rollback": func() error { return d.Rollback(ctx, "top") },
+		} {
+			require.ErrorIs(t, do(), layerfs.ErrInUse, op)
+		}
+		require.NoError(t, f.Close())
+		require.Equal(t, "C /\nA /open\n", tree.FormatChanges(changes(t, d, "top", "base")))
+	})
+	t.Run("put after one that was killed", func(t *testing.T) {
+		path := mustGet(t, d, "top")
+		f, err := os.Create(path + "/open")
+		require.NoError(t, err)
+		require.NoError(t, mount.Unmount(path))
+		time.AfterFunc(50*time.Millisecond, func() { f.Close() })
+		require.False(t, free())
+		require.NoError(t, d.Put(ctx, "top"))
+		require.True(t, free())
+	})
+	t.Run("remove", func(t *testing.T) {
+		f, err := os.Create(mustGet(t, d, "top") + "/open")
+		require.NoError(t, err)
+		defer f.Close()
+		require.NoError(t, d.Put(ctx, "top"))
+		require.ErrorIs(t, d.Remove(ctx, "top"), layerfs.ErrInUse)
+		_, err = d.Stat(ctx, "top", nil)
+		require.NoError(t, err, "not begun")
+		require.NoError(t, f.Close())
+		require.NoError(t, d.Remove(ctx, "top"))
+		require.NoDirExists(t, d.m.layer("top"))
 	})
 }
 

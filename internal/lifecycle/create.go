@@ -223,14 +223,23 @@ func (d *Driver) unheld(rec *Record) (layerdir.Persistent, error) {
 	return p, nil
 }
 
-// unmountStale unmounts a layer that nobody holds: its process died.
+// unmountStale unmounts a layer that nobody holds: its process died. Then nobody
+// uses it any more.
 func (d *Driver) unmountStale(ctx context.Context, rec *Record) error {
 	st, err := d.m.State(rec.ID)
-	if err != nil || !st.Mounted {
+	if err != nil {
 		return err
 	}
-	if err := d.m.Unmount(ctx, rec); err != nil {
-		return err
+	if st.Mounted {
+		if err := d.m.Unmount(ctx, rec); err != nil {
+			return err
+		}
+		if err := d.dir.SetPersistent(rec.ID, layerdir.Persistent{}); err != nil {
+			return err
+		}
 	}
-	return d.dir.SetPersistent(rec.ID, layerdir.Persistent{})
+	if r, ok := d.m.(Releaser); ok {
+		return r.Released(ctx, rec.ID)
+	}
+	return nil
 }

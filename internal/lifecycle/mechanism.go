@@ -144,6 +144,13 @@ type Mortal interface {
 	Mortal() bool
 }
 
+// Releaser is a mechanism that may go on using a layer after it was unmounted.
+// Released waits until it does not; the error matches [layerfs.ErrInUse] if that
+// is not soon. Nothing to wait for is no error.
+type Releaser interface {
+	Released(ctx context.Context, id string) error
+}
+
 // Finder is a mechanism that can tell whether the storage of a layer is
 // missing or damaged; it returns no error if the storage is there.
 type Finder interface {
