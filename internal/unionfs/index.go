@@ -23,6 +23,7 @@ type index struct {
 	first map[string]int32
 	more  map[string][]int32  // further instances, ascending
 	fresh map[string]struct{} // names that changed since: all are asked
+	n     int                 // in first and more
 }
 
 const (
@@ -30,8 +31,8 @@ const (
 	indexMin = 6
 	// maxFresh names may have changed before an index is made anew.
 	maxFresh = 256
-	// maxIndexed is how many names all indexes of a union may have, some 80
-	// bytes each.
+	// maxIndexed is how many names of instances all indexes of a union may
+	// have, some 80 bytes each.
 	maxIndexed = 200_000
 	// namesPerProbe is how many names can be listed in the time that it takes
 	// to ask one instance for a name.
@@ -46,7 +47,7 @@ func (x *index) size() int {
 	if x == nil {
 		return 0
 	}
-	return len(x.first)
+	return x.n
 }
 
 // A route tells which instances of a directory a lookup has to ask.
@@ -143,12 +144,14 @@ func (fs *FS) makeIndex(dir *Node, is []*inst, budget int) *index {
 			switch at, ok := x.first[name]; {
 			case !ok:
 				x.first[name] = int32(k)
+				x.n++
 			case int(at) != k:
 				if x.more == nil {
 					x.more = map[string][]int32{}
 				}
 				if m := x.more[name]; len(m) == 0 || int(m[len(m)-1]) != k {
 					x.more[name] = append(m, int32(k))
+					x.n++
 				}
 			}
 			return nil

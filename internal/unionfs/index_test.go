@@ -194,6 +194,29 @@ func TestIndexLimits(t *testing.T) {
 		assert.True(t, fs.root.index == nil, "too much changed")
 		assert.Zero(t, fs.indexed)
 	})
+	t.Run("counts-what-each-branch-has", func(t *testing.T) {
+		root := t.TempDir()
+		var same []BranchSpec
+		for k := range indexMin {
+			p := fmt.Sprint(root, "/l", k)
+			require.NoError(t, os.Mkdir(p, 0o755))
+			for i := range 10 {
+				require.NoError(t, os.WriteFile(fmt.Sprint(p, "/f", i), nil, 0o644))
+			}
+			same = append(same, BranchSpec{p, RO})
+		}
+		fs := mustOpen(t, &Config{Branches: same})
+		fs.KeepListings(true)
+		var st unix.Stat_t
+		for range 100 {
+			_, err := fs.Lookup(fs.root, "none", &st)
+			require.ErrorIs(t, err, unix.ENOENT)
+		}
+		require.True(t, fs.root.index != nil)
+		assert.Equal(t, 10*len(same), fs.indexed)
+		fs.ChangedAll()
+		assert.Zero(t, fs.indexed)
+	})
 	t.Run("not-where-nobody-reports", func(t *testing.T) {
 		fs := mustOpen(t, &Config{Branches: specs})
 		lookups(fs, 300)
