@@ -39,6 +39,7 @@ const (
 	fuseEnv      = "LAYERFS_TEST_ZFS_FUSE"       // allows TestFuse
 	fuseStageEnv = "LAYERFS_TEST_ZFS_FUSE_STAGE" // what a process is for
 	fuseDirEnv   = "LAYERFS_TEST_ZFS_FUSE_DIR"   // where stageInit may mount
+	requireEnv   = "LAYERFS_REQUIRE"             // what must not be skipped, see package testenv
 
 	stageInit = "init"
 	stageList = "list" // to print the names of tests
@@ -103,35 +104,67 @@ func fuseMissing() error {
 			return missing(err.Error())
 		}
 	}
-	if _, err := os.Stat("/dev/fuse"); err != nil {
+	f, err := os.OpenFile("/dev/fuse", os.O_RDWR, 0) // loads the module, which makes the other
+	if err != nil {
 		return missing(err.Error())
+	}
+	if err := f.Close(); err != nil {
+		return missing(err.Error())
+	}
+	for _, dir := range append([]string{connections}, daemonDirs()...) {
+		if _, err := os.Stat(dir); err != nil {
+			return missing(err.Error())
+		}
 	}
 	return nil
 }
+
+// daemonDirs are the directories that all daemons of a host share.
+func daemonDirs() []string { return []string{"/run", "/var/lib/zfs", "/etc/zfs"} }
 
 // fuseTests lists the tests of this package, and the cases of the conformance
 // suite instead of it.
 func fuseTests(t *testing.T) []string {
 	t.Helper()
-	run := func(args ...string) string {
+	run := func(args ...string) (string, error) {
 		cmd := exec.CommandContext(t.Context(), os.Args[0], args...)
 		cmd.Env = append(os.Environ(), fuseStageEnv+"="+stageList, poolEnv+"=none")
-		out, err := cmd.Output() // a case that ignores the skip fails
-		require.True(t, err == nil || errors.As(err, new(*exec.ExitError)), "%v", err)
-		return string(out)
+		out, err := cmd.CombinedOutput()
+		return string(out), err
 	}
+	tests, err := run("-test.list=^Test")
+	require.NoError(t, err, tests)
+	conformance, err := run("-test.v", "-test.run=^TestConformance$") // a case that ignores the skip fails
+	require.True(t, err == nil || errors.As(err, new(*exec.ExitError)), "%v", err)
+	require.NoError(t, wholeList(conformance))
 	var names []string
-	for name := range strings.FieldsSeq(run("-test.list=^Test")) {
-		if name != "TestFuse" && name != "TestConformance" {
+	for name := range strings.FieldsSeq(tests) {
+		if strings.HasPrefix(name, "Test") && name != "TestFuse" && name != "TestConformance" {
 			names = append(names, name)
 		}
 	}
-	cases := regexp.MustCompile(`(?m)^=== RUN +(TestConformance/[^/\n]+)$`).FindAllStringSubmatch(run("-test.v", "-test.run=^TestConformance$"), -1)
+	cases := regexp.MustCompile(`(?m)^=== RUN +(TestConformance/[^/\n]+)$`).FindAllStringSubmatch(conformance, -1)
 	require.NotEmpty(t, cases)
 	for _, c := range cases {
 		names = append(names, c[1])
 	}
 	return names
+}
+
+// wholeList returns an error if the output of a test's run ends before it does.
+func wholeList(out string) error {
+	panicked := regexp.MustCompile(`(?m)^panic: `).MatchString(out)
+	if !panicked && regexp.MustCompile(`(?m)^(PASS|FAIL)$`).MatchString(out) {
+		return nil
+	}
+	return fmt.Errorf("the list of cases is not whole:\n%s", out)
+}
+
+func TestWholeList(t *testing.T) {
+	require.NoError(t, wholeList("=== RUN   TestA\n--- SKIP: TestA (0.00s)\nPASS\n"))
+	require.NoError(t, wholeList("=== RUN   TestA\n--- FAIL: TestA (0.00s)\nFAIL\n"))
+	require.Error(t, wholeList("=== RUN   TestA\n--- FAIL: TestA (0.00s)\npanic: why [recovered]\n\ngoroutine 1 [running]:\nFAIL\n"))
+	require.Error(t, wholeList("=== RUN   TestA\n    --- PASS: TestA/b (0.00s)\n"))
 }
 
 // runOnFuse runs one test in namespaces of its own.
@@ -245,12 +278,14 @@ func fuseInitRun(dir string) (code int, err error) {
 	if err := os.Mkdir(tmp, 0o755); err != nil {
 		return 0, err
 	}
-	env := slices.DeleteFunc(os.Environ(), func(s string) bool { return strings.HasPrefix(s, fuseStageEnv+"=") })
 	// Each signal that meets a request to the file system sends an interrupt after
 	// it, and the daemon waits for good if that is withdrawn, as the request has
 	// been answered, between its poll and its read. So there are none to stop
 	// goroutines.
-	env = append(env, poolEnv+"=layerfs", "TMPDIR="+tmp, "GODEBUG="+strings.Trim(os.Getenv("GODEBUG")+",asyncpreemptoff=1", ","))
+	godebug := strings.Trim(os.Getenv("GODEBUG")+",asyncpreemptoff=1", ",")
+	// There is a pool, so that nothing is skipped for the lack of one.
+	required := strings.Trim(os.Getenv(requireEnv)+",zfs-fuse,zfs", ",")
+	env := environ(poolEnv+"=layerfs", "TMPDIR="+tmp, "GODEBUG="+godebug, requireEnv+"="+required)
 	test, err := os.StartProcess(os.Args[0], os.Args, &os.ProcAttr{Env: env, Files: []*os.File{os.Stdin, os.Stdout, os.Stderr}})
 	if err != nil {
 		return 0, err
@@ -271,6 +306,37 @@ func fuseInitRun(dir string) (code int, err error) {
 	}
 }
 
+// environ returns this process's environment with other values of some variables,
+// and without what it is for. Of two values of one variable a program takes the
+// first or the last as it likes.
+func environ(set ...string) []string {
+	env := slices.DeleteFunc(os.Environ(), func(s string) bool {
+		name, _, _ := strings.Cut(s, "=")
+		return name == fuseStageEnv || name == fuseDirEnv ||
+			slices.ContainsFunc(set, func(s string) bool { return strings.HasPrefix(s, name+"=") })
+	})
+	return append(env, set...)
+}
+
+func TestEnviron(t *testing.T) {
+	t.Setenv("TMPDIR", "/old")
+	t.Setenv("TMPDIR_OF_ANOTHER", "kept")
+	t.Setenv(fuseDirEnv, "/dir")
+	env := environ("TMPDIR=/new", "LAYERFS_TEST_NEW=1")
+	of := func(name string) (values []string) {
+		for _, s := range env {
+			if value, ok := strings.CutPrefix(s, name+"="); ok {
+				values = append(values, value)
+			}
+		}
+		return values
+	}
+	require.Equal(t, []string{"/new"}, of("TMPDIR"))
+	require.Equal(t, []string{"kept"}, of("TMPDIR_OF_ANOTHER"))
+	require.Equal(t, []string{"1"}, of("LAYERFS_TEST_NEW"))
+	require.Empty(t, of(fuseDirEnv))
+}
+
 // fuseMounts covers what zfs-fuse shares with another one on the host: its
 // socket, lock, settings and list of pools. All else is on a tmpfs at dir.
 func fuseMounts(dir string) error {
@@ -286,7 +352,7 @@ func fuseMounts(dir string) error {
 	if err := unix.Mount("fusectl", connections, "fusectl", 0, ""); err != nil && !errors.Is(err, unix.EBUSY) {
 		return os.NewSyscallError("mount fusectl", err)
 	}
-	for _, at := range []string{dir, "/run", "/var/lib/zfs", "/etc/zfs"} {
+	for _, at := range append([]string{dir}, daemonDirs()...) {
 		if err := unix.Mount("tmpfs", at, "tmpfs", 0, "mode=755"); err != nil {
 			return os.NewSyscallError("mount "+at, err)
 		}
