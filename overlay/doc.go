@@ -16,6 +16,10 @@
 //	                           how the layers of this root were written: the
 //	                           name space of the xattrs, and whether redirects
 //	                           and metacopy may occur
+//	ROOT/overlay/.layerfs/mount-program.log
+//	                           what the servers of Options.MountProgram say;
+//	                           mount-program.log.old is what it was before it
+//	                           became longer than 1 MiB
 //
 // A base layer is shown by a bind mount of its upper directory, other layers
 // by an overlay whose lower directories are the upper directories of the

@@ -43,6 +43,7 @@ func (m *mechanism) runProgram(ctx context.Context, plan *mount.Overlay, target 
 	}
 	p, err := ask.Parse(args)
 	if err == nil {
+		p.Log = filepath.Join(m.home, ".layerfs", "mount-program.log")
 		err = ask.Mount(ctx, m.opts.MountProgram, p)
 	}
 	if errors.Is(err, unix.EBUSY) {

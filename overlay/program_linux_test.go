@@ -82,6 +82,7 @@ func TestServerKilled(t *testing.T) {
 		require.Len(t, infos, 1)
 	}
 	path := mustGet(t, first, "top")
+	require.FileExists(t, first.m.home+"/.layerfs/mount-program.log")
 	for name, d := range map[string]*Driver{"held by another": second, "held by this one": first} {
 		t.Run(name, func(t *testing.T) {
 			killServer(t, first.m.home)

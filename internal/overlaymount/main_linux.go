@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"log/slog"
 	"os"
 	"os/exec"
 	"syscall"
@@ -93,11 +94,46 @@ func serve() error {
 	if err := in.Decode(&req); err != nil {
 		return err
 	}
+	logTo(req.Plan.Log)
+	if err := answer(conn, in, out, &req); err != nil {
+		return fmt.Errorf("%s %s: %w", time.Now().Format(time.RFC3339), req.Plan.Target, err)
+	}
+	return nil
+}
+
+// maxLog is the size of a log, in bytes, that the next server puts aside.
+const maxLog = 1 << 20
+
+// logTo makes a file what this process says to standard error, a panic included.
+// One that cannot be had is no reason not to serve.
+func logTo(path string) {
+	if path == "" {
+		return
+	}
+	if fi, err := os.Lstat(path); err == nil && fi.Size() > maxLog {
+		_ = os.Rename(path, path+".old")
+	}
+	f, err := os.OpenFile(path, os.O_WRONLY|os.O_APPEND|os.O_CREATE, 0o600)
+	if err != nil {
+		return
+	}
+	defer f.Close()
+	_ = unix.Dup3(int(f.Fd()), unix.Stderr, 0)
+}
+
+// newLog returns what the server of a mount tells things.
+func newLog(p *ask.Plan) *slog.Logger {
+	h := slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: slog.LevelWarn})
+	return slog.New(h).With("target", p.Target)
+}
+
+// answer does what the caller asks for. The error is for the log.
+func answer(conn *os.File, in *json.Decoder, out *json.Encoder, req *ask.Request) error {
 	fs, err := open(&req.Plan)
 	if err != nil {
-		return errors.Join(err, out.Encode(ask.Failed(err)))
+		return tell(out, err)
 	}
-	srv, err := mounted(in, out, &req, fs)
+	srv, err := mounted(in, out, req, fs)
 	if err != nil {
 		return errors.Join(err, fs.Close())
 	}
@@ -106,6 +142,14 @@ func serve() error {
 	}
 	<-srv.Done()
 	return errors.Join(fs.FlushLinks(), fs.Close())
+}
+
+// tell answers with an error, which it returns if there is nobody who hears.
+func tell(out *json.Encoder, err error) error {
+	if oerr := out.Encode(ask.Failed(err)); oerr != nil {
+		return errors.Join(err, oerr)
+	}
+	return nil
 }
 
 // mounted begins to serve. If the caller ends before it has mounted, there is
@@ -122,7 +166,7 @@ func mounted(in *json.Decoder, out *json.Encoder, req *ask.Request, fs *unionfs.
 	}
 	srv, err := fusesrv.Serve(cfg, ask.DeviceFD)
 	if err != nil {
-		return nil, errors.Join(err, out.Encode(ask.Failed(err)))
+		return nil, errors.Join(err, tell(out, err))
 	}
 	_ = out.Encode(ask.Answer{}) // the kernel tells when it is to end, not the caller
 	return srv, nil
@@ -167,7 +211,7 @@ func called() error {
 
 // engineConfig is the union of a plan.
 func engineConfig(p *ask.Plan) *unionfs.Config {
-	c := &unionfs.Config{Format: unionfs.Overlay{User: p.UserXattr}}
+	c := &unionfs.Config{Format: unionfs.Overlay{User: p.UserXattr}, Logger: newLog(p)}
 	if p.Upper != "" {
 		perm := unionfs.RW
 		if p.ReadOnly {
@@ -188,6 +232,6 @@ func serverConfig(p *ask.Plan, fs *unionfs.FS) fusesrv.Config {
 		UDBA:     fusesrv.None, // lower directories of an overlay do not change
 		ReadOnly: p.ReadOnly || p.Upper == "",
 		NoSuid:   p.NoSuid, NoDev: p.NoDev, NoExec: p.NoExec,
-		Source: "overlay",
+		Source: "overlay", Logger: newLog(p),
 	}
 }

@@ -6,6 +6,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -53,17 +54,7 @@ func newPlan(t *testing.T) *ask.Plan {
 // ends waits until no process serves a target any more.
 func ends(t *testing.T, target string) {
 	t.Helper()
-	require.Eventually(t, func() bool {
-		all, err := filepath.Glob("/proc/[0-9]*/cmdline")
-		require.NoError(t, err)
-		for _, p := range all {
-			b, err := os.ReadFile(p)
-			if err == nil && strings.Contains(string(b), "\x00"+ask.Serve+"\x00"+target) {
-				return false
-			}
-		}
-		return true
-	}, 10*time.Second, 2*time.Millisecond, "a server is left")
+	require.Eventually(t, func() bool { return serverOf(t, target) == 0 }, 10*time.Second, 2*time.Millisecond, "a server is left")
 }
 
 func unmounted(t *testing.T, target string) {
@@ -156,6 +147,66 @@ func TestMountFails(t *testing.T) {
 		t.Setenv("LAYERFS_MOUNT_PROGRAM", "1")
 		require.ErrorContains(t, ask.Mount(t.Context(), ask.Self, newPlan(t)), "does not call Main")
 	})
+}
+
+// TestLog: what goes wrong when there is no caller any more is told in a file.
+func TestLog(t *testing.T) {
+	requireFUSE(t)
+	logged := func(t *testing.T, p *ask.Plan) string {
+		t.Helper()
+		ends(t, p.Target)
+		b, err := os.ReadFile(p.Log)
+		require.NoError(t, err)
+		return string(b)
+	}
+	t.Run("no caller", func(t *testing.T) {
+		p := newPlan(t)
+		p.Log = filepath.Dir(p.Target) + "/log"
+		lock, err := os.Open(p.Upper)
+		require.NoError(t, err)
+		defer lock.Close()
+		require.NoError(t, unix.Flock(int(lock.Fd()), unix.LOCK_EX))
+		ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
+		defer cancel()
+		require.ErrorIs(t, ask.Mount(ctx, ask.Self, p), context.DeadlineExceeded)
+		require.Contains(t, logged(t, p), p.Target+": the caller has ended")
+	})
+	t.Run("crash", func(t *testing.T) {
+		p := newPlan(t)
+		p.Log = filepath.Dir(p.Target) + "/log"
+		require.NoError(t, os.WriteFile(p.Log, make([]byte, maxLog+1), 0o600))
+		require.NoError(t, ask.Mount(t.Context(), ask.Self, p))
+		defer func() { require.NoError(t, mount.Unmount(p.Target)) }()
+		require.NoError(t, unix.Kill(serverOf(t, p.Target), unix.SIGQUIT)) // whose default is a crash in Go
+		text := logged(t, p)
+		require.Contains(t, text, "goroutine ")
+		require.NotContains(t, text, "\x00")
+		fi, err := os.Stat(p.Log + ".old")
+		require.NoError(t, err)
+		require.EqualValues(t, maxLog+1, fi.Size())
+	})
+	t.Run("none", func(t *testing.T) {
+		p := newPlan(t)
+		p.Log = filepath.Dir(p.Target) + "/nowhere/log"
+		require.NoError(t, ask.Mount(t.Context(), ask.Self, p))
+		require.NoError(t, mount.Unmount(p.Target))
+		ends(t, p.Target)
+	})
+}
+
+// serverOf returns the process that serves a target, 0 for none.
+func serverOf(t *testing.T, target string) (pid int) {
+	t.Helper()
+	all, err := filepath.Glob("/proc/[0-9]*/cmdline")
+	require.NoError(t, err)
+	for _, p := range all {
+		b, err := os.ReadFile(p)
+		if err == nil && strings.Contains(string(b), "\x00"+ask.Serve+"\x00"+target) {
+			pid, err = strconv.Atoi(filepath.Base(filepath.Dir(p)))
+			require.NoError(t, err)
+		}
+	}
+	return pid
 }
 
 // TestCallerKilled kills callers at all moments: what is mounted when the caller

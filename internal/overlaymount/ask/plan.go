@@ -21,6 +21,7 @@ type Plan struct {
 	NoSuid    bool
 	NoDev     bool
 	NoExec    bool
+	Log       string // file for what the server tells once it serves, "" for none
 }
 
 // Parse reads the arguments behind the command. The error is for whoever called
@@ -139,8 +140,10 @@ func unescape(key, s string) (string, error) {
 // directory.
 func (p *Plan) absolute() (err error) {
 	paths := []*string{&p.Target}
-	if p.Upper != "" {
-		paths = append(paths, &p.Upper)
+	for _, path := range []*string{&p.Upper, &p.Log} {
+		if *path != "" {
+			paths = append(paths, path)
+		}
 	}
 	for i := range p.Lowers {
 		paths = append(paths, &p.Lowers[i])
@@ -156,7 +159,7 @@ func (p *Plan) absolute() (err error) {
 // MarshalJSON implements json.Marshaler: paths are bytes, and strings of JSON are
 // not.
 func (p Plan) MarshalJSON() ([]byte, error) {
-	w := wirePlan{plainPlan: plainPlan(p), Target: []byte(p.Target), Upper: []byte(p.Upper)}
+	w := wirePlan{plainPlan: plainPlan(p), Target: []byte(p.Target), Upper: []byte(p.Upper), Log: []byte(p.Log)}
 	for _, dir := range p.Lowers {
 		w.Lowers = append(w.Lowers, []byte(dir))
 	}
@@ -168,7 +171,7 @@ func (p *Plan) UnmarshalJSON(b []byte) error {
 	var w wirePlan
 	err := json.Unmarshal(b, &w)
 	*p = Plan(w.plainPlan)
-	p.Target, p.Upper, p.Lowers = string(w.Target), string(w.Upper), nil
+	p.Target, p.Upper, p.Log, p.Lowers = string(w.Target), string(w.Upper), string(w.Log), nil
 	for _, dir := range w.Lowers {
 		p.Lowers = append(p.Lowers, string(dir))
 	}
@@ -179,6 +182,6 @@ type plainPlan Plan
 
 type wirePlan struct {
 	plainPlan
-	Target, Upper []byte // in place of the others
-	Lowers        [][]byte
+	Target, Upper, Log []byte // in place of the others
+	Lowers             [][]byte
 }
