@@ -107,7 +107,7 @@ func (fs *FS) route(dir *Node, is []*inst, name string) route {
 func (fs *FS) makeIndex(dir *Node, is []*inst, budget int) *index {
 	fs.tabMu.Lock()
 	dir.indexAt = 2 * dir.probes // of the next try, should this one fail
-	told := dir.told
+	told := dir.told.Load()
 	budget = min(budget, maxIndexed-fs.indexed)
 	fs.tabMu.Unlock()
 	x := &index{insts: is, ask: make([]bool, len(is)), first: map[string]int32{}}
@@ -164,7 +164,7 @@ func (fs *FS) makeIndex(dir *Node, is []*inst, budget int) *index {
 	}
 	fs.tabMu.Lock()
 	defer fs.tabMu.Unlock()
-	if dir.told != told || dir.freed || dir.dead {
+	if dir.told.Load() != told || dir.freed || dir.dead {
 		return nil // something changed meanwhile, maybe before it was listed
 	}
 	fs.dropIndex(dir)
@@ -182,7 +182,7 @@ func (fs *FS) dropIndex(dir *Node) {
 // unindex notes that what name means in dir, or if it is empty any name, may
 // have changed; tabMu is held.
 func (fs *FS) unindex(dir *Node, name string) {
-	dir.told++
+	dir.told.Add(1)
 	x := dir.index
 	if x == nil {
 		return

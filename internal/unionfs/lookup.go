@@ -41,6 +41,7 @@ type found struct {
 	nlink uint64 // of a directory
 	below bool   // something would be seen if the top entry went away
 	white *inst  // where the search met a whiteout
+	told  uint64 // Node.told of the parent when the search began
 }
 
 func (f *found) isDir() bool { return f.top != nil && f.st.Mode&unix.S_IFMT == unix.S_IFDIR }
@@ -77,6 +78,7 @@ func (fs *FS) look(dir *Node, i *inst) (fd int, ok bool, err error) {
 // resolve finds name. below: find out what lies below the top entry, too.
 // The caller holds dir.mu.
 func (fs *FS) resolve(dir *Node, name string, below bool, f *found) (err error) {
+	f.told = dir.told.Load()
 	is, err := fs.insts(dir)
 	if err != nil {
 		return err
@@ -156,32 +158,40 @@ func (fs *FS) resolve(dir *Node, name string, below bool, f *found) (err error) 
 	return nil
 }
 
+// maxFind is how often instances are looked for while changes are reported.
+const maxFind = 4
+
 // insts returns dir's instances, found again if a change of a branch may have
 // added or removed some.
 func (fs *FS) insts(dir *Node) ([]*inst, error) {
-	if dir.stale.Load() && dir != fs.root {
+	for try := 1; dir != fs.root && dir.stale.Load() && try <= maxFind; try++ {
 		fs.tabMu.Lock()
 		parent, name := dir.parent, dir.name
 		fs.tabMu.Unlock()
-		if parent != nil {
-			dir.stale.Store(false)
-			var f found
-			// Without parent.mu: the caller holds dir.mu, and the order is
-			// parent first. A change in between marks dir stale again.
-			if err := fs.resolve(parent, name, false, &f); err != nil {
-				return nil, err
-			}
-			if f.isDir() {
-				fs.tabMu.Lock()
-				// Else another directory took the name; a lookup tells.
-				if len(dir.insts) == 0 || shares(dir.insts, f.dirs) {
-					fs.setInsts(dir, f.dirs)
-					f.dirs = nil
-				}
-				fs.tabMu.Unlock()
-				f.close()
-			}
+		if parent == nil {
+			break
 		}
+		dir.stale.Store(false)
+		var f found
+		// Without parent.mu: the caller holds dir.mu, and the order is
+		// parent first.
+		if err := fs.resolve(parent, name, false, &f); err != nil {
+			dir.stale.Store(true)
+			return nil, err
+		}
+		fs.tabMu.Lock()
+		late := f.told != parent.told.Load()
+		if late {
+			dir.stale.Store(true)
+		}
+		// Else another directory took the name; a lookup tells.
+		ours := len(dir.insts) == 0 || shares(dir.insts, f.dirs)
+		if f.isDir() && ours && (!late || try == maxFind) {
+			fs.setInsts(dir, f.dirs)
+			f.dirs = nil
+		}
+		fs.tabMu.Unlock()
+		f.close()
 	}
 	is := dir.instList()
 	if len(is) == 0 {
@@ -283,15 +293,23 @@ func (fs *FS) attach(dir *Node, name string, f *found, st *unix.Stat_t) (*Node, 
 			dir.addKid(name, n)
 		}
 		n.refs.Add(1)
-		adopt := len(f.dirs) > 0 && f.dirs[0].fd >= 0 && len(n.insts) == 0
 		fd := -1
-		if adopt {
+		if len(n.insts) == 0 {
 			fd, f.dirs[0].fd = f.dirs[0].fd, -1
 		}
-		fs.setInsts(n, f.dirs)
-		f.dirs = nil
+		// A change that was reported during the search may have given n
+		// others than it found.
+		late := f.told != dir.told.Load()
+		if late {
+			n.stale.Store(true)
+		}
+		if !late || len(n.insts) == 0 {
+			fs.setInsts(n, f.dirs)
+			f.dirs = nil
+		}
 		first := n.insts[0]
 		fs.tabMu.Unlock()
+		f.close()
 		if fd >= 0 {
 			// The descriptor that looked for the opaque mark serves on.
 			first.mu.Lock()
@@ -301,6 +319,17 @@ func (fs *FS) attach(dir *Node, name string, f *found, st *unix.Stat_t) (*Node, 
 				unix.Close(fd)
 			}
 			first.mu.Unlock()
+		}
+		if late {
+			_, err := fs.insts(n)
+			if err == nil {
+				err = fs.getAttr(n, st)
+			}
+			if err != nil {
+				fs.Forget(n, 1)
+				return nil, errno(err)
+			}
+			return n, nil
 		}
 		*st = f.st
 		st.Ino = n.ino
@@ -631,6 +660,7 @@ func (fs *FS) lookupEntry(dir *Node, e *DirEntry, st *unix.Stat_t) (*Node, error
 	fs.tabMu.Lock()
 	l := dir.snap
 	ok := l != nil && l.changes == dir.changes.Load() && !dir.stale.Load()
+	told := dir.told.Load()
 	fs.tabMu.Unlock()
 	if !ok || e.top == nil || e.many {
 		return fs.lookup(dir, e.Name, st)
@@ -639,7 +669,7 @@ func (fs *FS) lookupEntry(dir *Node, e *DirEntry, st *unix.Stat_t) (*Node, error
 	if err != nil || !ok {
 		return fs.lookup(dir, e.Name, st)
 	}
-	var f found
+	f := found{told: told}
 	err = fstatat(fd, e.Name, &f.st)
 	e.top.unpin()
 	if err != nil {
@@ -724,7 +754,7 @@ func (fs *FS) ChangedAll() {
 
 // doubt makes what is known of n be found again; tabMu is held.
 func (fs *FS) doubt(n *Node) {
-	n.stale.Store(n.IsDir())
+	n.stale.Store(n.IsDir() && n != fs.root)
 	n.snap = nil
 	n.changes.Add(1)
 	fs.unindex(n, "")

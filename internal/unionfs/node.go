@@ -64,9 +64,9 @@ type Node struct {
 	index  *index      // directories: what read-only branches have
 	stale  atomic.Bool // insts must be found again
 
-	told    uint64 // changes that were reported
-	probes  int    // instances asked since there was an index
-	indexAt int    // probes after which to make one
+	told    atomic.Uint64 // changes that were reported
+	probes  int           // instances asked since there was an index
+	indexAt int           // probes after which to make one
 
 	remerged atomic.Bool   // insts changed since Changed asked
 	changes  atomic.Uint64 // counts changes of names
