@@ -61,7 +61,16 @@ type Options struct {
 	// mounts, which needs /dev/fuse and CAP_SYS_ADMIN. It always writes
 	// overlayfs's form, and keeps names that begin with ".wh..wh." for itself:
 	// in the tree they cannot be made, and are not seen. It serves each mount
-	// from a process of its own, which ends with the mount.
+	// from a process of its own, which ends with the mount; Get mounts again if
+	// it was killed before. What these processes say is in
+	// ROOT/overlay/.layerfs/mount-program.log.
+	//
+	// It has a layer as long as there is a mount of it that is writable: also
+	// after the last Put while a file is open in the tree, and while a mount
+	// namespace that was made meanwhile keeps a private copy of the mount, which
+	// no unmounting here reaches. Until then a writable Get, Apply, Rollback and Remove
+	// fail, and so do Changes and Diff unless the layer is mounted again, with
+	// errors that match [layerfs.ErrInUse].
 	//
 	// Any other program whose caller is killed while it mounts may be done
 	// after the next caller has looked for mounts. The layer then stays in use
