@@ -26,6 +26,42 @@ func (h *hooked) Probe(fd int, name string, wh bool, st *unix.Stat_t) (Kind, err
 	return k, err
 }
 
+// adds counts what is watched.
+type adds struct{ n map[*Node]int }
+
+func (a adds) Add(dir *Node, _ int) error { a.n[dir]++; return nil }
+func (a adds) Remove(*Node)               {}
+
+// TestWatchedAgain checks that a directory is watched again after a change of
+// itself, with which its watch may have ended.
+func TestWatchedAgain(t *testing.T) {
+	lower := t.TempDir()
+	require.NoError(t, os.Mkdir(lower+"/d", 0o755))
+	w := adds{map[*Node]int{}}
+	fs := mustOpen(t, &Config{Branches: []BranchSpec{{lower, RO}, {t.TempDir(), RO}}, Watch: w})
+	var st unix.Stat_t
+	d, err := fs.Lookup(fs.root, "d", &st)
+	require.NoError(t, err)
+	defer fs.Forget(d, 1)
+	for _, change := range []struct {
+		name string
+		adds int
+	}{{"x", 1}, {"", 2}, {"y", 2}, {"", 3}} {
+		for range 2 {
+			_, err = fs.Lookup(d, "none", &st)
+			require.ErrorIs(t, err, unix.ENOENT)
+		}
+		fs.Changed(d, change.name)
+		_, err = fs.ReadDir(d, 0)
+		require.NoError(t, err)
+		assert.Equal(t, change.adds, w.n[d], "after a change of %q", change.name)
+	}
+	fs.ChangedAll() // reports may have been lost
+	_, err = fs.ReadDir(d, 0)
+	require.NoError(t, err)
+	assert.Equal(t, 4, w.n[d])
+}
+
 // TestLateChange makes a directory on another branch while it is looked up, and
 // reports that before the lookup ends: the directory must merge both.
 func TestLateChange(t *testing.T) {

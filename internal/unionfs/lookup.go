@@ -709,6 +709,9 @@ func (fs *FS) Changed(dir *Node, name string) Change {
 	dir.changes.Add(1)
 	dir.snap = nil
 	fs.unindex(dir, target)
+	if name == "" {
+		dir.unwatch()
+	}
 	if target != "" {
 		c.Child = dir.kids[target]
 	}
@@ -758,6 +761,16 @@ func (fs *FS) doubt(n *Node) {
 	n.snap = nil
 	n.changes.Add(1)
 	fs.unindex(n, "")
+	n.unwatch()
+}
+
+// unwatch makes the directory n be watched again when it is looked at: it may
+// have been removed and made anew with the same inode number, and a watch ends
+// with its inode. tabMu is held.
+func (n *Node) unwatch() {
+	for _, i := range n.insts {
+		i.watched.Store(false)
+	}
 }
 
 // eachNode calls f for every node that can be reached from the root, under
