@@ -66,17 +66,17 @@ func (s *Server) quick(req, out []byte) (n int, ok bool) {
 			return 0, false
 		}
 	}
-	size := 0 // of data that is asked for
+	size := uint32(0) // of data that is asked for
 	switch op {
 	case opGetxattr:
-		size = int(u32(body))
+		size = u32(body)
 	case opReaddirplus:
-		size = int(u32(body[16:]))
+		size = u32(body[16:])
 	}
-	if size > len(out)-headOut {
+	if len(out) < headOut || uint64(size) > uint64(len(out)-headOut) {
 		return 0, false
 	}
-	room := out[headOut : headOut+size]
+	room := out[headOut : headOut+int(size)]
 	a := answer(out[:headOut])
 	code := fuse.EIO
 	defer func() {
@@ -161,7 +161,7 @@ func (s *Server) quick(req, out []byte) (n int, ok bool) {
 		var k uint32
 		k, code = s.GetXAttr(nil, &h, name, room)
 		if size > 0 {
-			a = a[:headOut+min(int(k), size)]
+			a = a[:headOut+int(min(k, size))]
 		} else {
 			a.u32(k, 0)
 		}

@@ -131,6 +131,8 @@ func TestQuick(t *testing.T) {
 			"mknod": append(request(8, root, 0, 0), "name\x00"...), "short": request(opOpen, 1)[:20], "poll-file": request(opOpen, ^uint64(0), 0),
 			"poll-file-by-name": withName(request(opLookup, root), pollName[1:]), "no-end-of-name": append(request(opLookup, root), "name"...),
 			"cut": request(opGetattr, root, 0), "more-than-fits": request(opReaddirplus, root, 0, 0, 1<<20, 0, 0),
+			"negative-on-32-bits": request(opReaddirplus, root, 0, 0, u32s(1<<31, 0), 0, 0),
+			"xattr-that-is":       withName(request(opGetxattr, root, u32s(1<<32-1, 0)), "user.x"),
 		} {
 			_, ok := s.quick(req, make([]byte, 4096))
 			assert.False(t, ok, name)
