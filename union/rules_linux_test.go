@@ -751,6 +751,52 @@ func TestBranchManagement(t *testing.T) {
 		require.NoError(t, os.Remove(s.path("a")))
 		assert.Equal(t, []string{".wh..wh.aufs", ".wh..wh.mounted", ".wh..wh.orph", ".wh..wh.plnk", "new"}, names(t, s.lower(0, "")))
 	})
+	t.Run("B3/modify-that-is-refused-gives-nothing-up", func(t *testing.T) {
+		// The reader came while the file that was created was open, so with
+		// passthrough the kernel reads by a descriptor that may write.
+		s := prepare(t, 1).mount(t, union.Config{})
+		w, err := os.Create(s.path("f"))
+		require.NoError(t, err)
+		r, err := os.Open(s.path("f"))
+		require.NoError(t, err)
+		defer r.Close()
+		require.NoError(t, w.Close())
+		if !s.Stats().Passthrough {
+			t.Skip("without passthrough the reader has a descriptor of its own")
+		}
+		other, err := os.Open(s.rw(""))
+		require.NoError(t, err)
+		defer other.Close()
+		stop, taken := make(chan struct{}), make(chan int)
+		go func() {
+			n := 0
+			for {
+				select {
+				case <-stop:
+					taken <- n
+					return
+				default:
+				}
+				if unix.Flock(int(other.Fd()), unix.LOCK_EX|unix.LOCK_NB) == nil {
+					n++
+					unix.Flock(int(other.Fd()), unix.LOCK_UN)
+				}
+			}
+		}()
+		for range 300 {
+			assert.ErrorIs(t, s.Modify(bg, s.rw(""), union.RO), unix.EBUSY)
+		}
+		close(stop)
+		assert.Zero(t, <-taken, "another union could have the branch rw")
+		assert.False(t, missing(s.rw(".wh..wh.mounted")))
+		s.write(t, "g", "x")
+		o := prepare(t, 0)
+		_, err = union.Mount(bg, o.mnt, &union.Config{Branches: []union.Branch{{Path: s.rw(""), Perm: union.RW}}})
+		assert.ErrorIs(t, err, unix.EBUSY)
+		require.NoError(t, r.Close())
+		require.Eventually(t, func() bool { return s.Modify(bg, s.rw(""), union.RO) == nil }, 5*time.Second, 10*time.Millisecond)
+		assert.True(t, missing(s.rw(".wh..wh.mounted")))
+	})
 	t.Run("O4/index-out-of-range", func(t *testing.T) {
 		s := prepare(t, 1, "late/").mount(t, union.Config{})
 		assert.ErrorIs(t, s.Insert(bg, 7, union.Branch{Path: s.dir + "/late"}), unix.EDOM)
