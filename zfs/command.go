@@ -204,11 +204,8 @@ func (t *tool) suspended() bool {
 	if t.turn != nil {
 		return false
 	}
-	// OpenZFS tells it without a call that may itself wait for the pool:
-	// spa_state_init, module/zfs/spa_stats.c, 0.8.
-	state, err := os.ReadFile("/proc/spl/kstat/zfs/" + t.pool + "/state")
-	if err == nil {
-		return strings.TrimSpace(string(state)) == "SUSPENDED"
+	if state := t.state(); state != "" {
+		return state == stateSuspended
 	}
 	var out bytes.Buffer
 	cmd := exec.Command(t.zpool, "list", "-H", "-o", "health", t.pool)
@@ -221,11 +218,25 @@ func (t *tool) suspended() bool {
 	go func() { done <- cmd.Wait() }()
 	select {
 	case err := <-done:
-		return err == nil && strings.TrimSpace(out.String()) == "SUSPENDED"
+		return err == nil && strings.TrimSpace(out.String()) == stateSuspended
 	case <-time.After(grace):
 		abandon(cmd, done)
 		return false
 	}
+}
+
+// stateSuspended is the state of a suspended pool.
+const stateSuspended = "SUSPENDED"
+
+// state returns the state of the pool if the kernel tells it, as that of Linux
+// does since OpenZFS 0.8 (spa_state_init, module/zfs/spa_stats.c). It takes no
+// call that may itself wait for the pool.
+func (t *tool) state() string {
+	b, err := os.ReadFile("/proc/spl/kstat/zfs/" + t.pool + "/state")
+	if err != nil {
+		return ""
+	}
+	return strings.TrimSpace(string(b))
 }
 
 // find returns the path of a program. Administrators' programs are not in

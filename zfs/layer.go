@@ -585,11 +585,19 @@ func (m *mechanism) Sync(ctx context.Context, rec *lifecycle.Record) error {
 // written before, and zfs returns when the group is on stable storage
 // (dsl_sync_task, module/zfs/dsl_synctask.c).
 func (m *mechanism) flush(ctx context.Context, id string) error {
-	if err := syncMount(m.Path(id)); err != nil {
+	if err := m.sync(id); err != nil {
 		return err
 	}
 	_, err := m.tool.run(ctx, "set", propLayer+"="+markOf(m.root, id), m.dataset(id))
 	return err
+}
+
+// sync writes what the kernel still has of a layer, if it is mounted.
+func (m *mechanism) sync(id string) error {
+	if err := m.answers(); err != nil {
+		return err
+	}
+	return syncMount(m.Path(id))
 }
 
 // SetQuota replaces the quota of a layer (property quota): the space that is
@@ -622,7 +630,7 @@ func (d *Driver) Clone(ctx context.Context, id, from string, opts *layerfs.Creat
 		if rec.Quota == (layerfs.Quota{}) {
 			rec.Quota = src.Quota
 		}
-		if err := syncMount(d.m.Path(src.ID)); err != nil {
+		if err := d.m.sync(src.ID); err != nil {
 			return err
 		}
 		full, err := newSnapshot(d.m.dataset(src.ID), rec.ID)

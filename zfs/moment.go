@@ -29,10 +29,7 @@ func (m *mechanism) moment(ctx context.Context, rec *lifecycle.Record) (full str
 		return "", nil, err
 	}
 	defer unlock()
-	if err := m.answers(); err != nil {
-		return "", nil, err
-	}
-	if err := syncMount(m.Path(rec.ID)); err != nil {
+	if err := m.sync(rec.ID); err != nil {
 		return "", nil, err
 	}
 	full = m.dataset(rec.ID) + "@" + momentPrefix + random()
@@ -49,9 +46,10 @@ func (m *mechanism) moment(ctx context.Context, rec *lifecycle.Record) (full str
 }
 
 // answers returns an error if the pool is suspended: what waits for it in the
-// kernel cannot be stopped. It is cheap.
+// kernel cannot be stopped. It reads a file of some bytes, and knows nothing where
+// the kernel has none.
 func (m *mechanism) answers() error {
-	if m.facts.Kernel && m.tool.suspended() {
+	if m.tool.state() == stateSuspended {
 		return fmt.Errorf("pool %s: %w", m.tool.pool, ErrSuspended)
 	}
 	return nil

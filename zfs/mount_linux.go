@@ -185,6 +185,9 @@ func (m *mechanism) unstage(stage string) error {
 // mountDataset has the kernel mount a dataset. Right after its last unmount it
 // may still be busy.
 func (m *mechanism) mountDataset(ctx context.Context, rec *lifecycle.Record, target string) error {
+	if err := m.answers(); err != nil {
+		return err
+	}
 	var opts []string
 	if rec.MountLabel != "" {
 		opts = append(opts, `context="`+rec.MountLabel+`"`)

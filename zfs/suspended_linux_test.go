@@ -14,6 +14,7 @@ import (
 	"github.com/stretchr/testify/require"
 	"golang.org/x/sys/unix"
 
+	"github.com/layerfs/layerfs"
 	"github.com/layerfs/layerfs/internal/testenv"
 )
 
@@ -63,6 +64,22 @@ func TestSuspended(t *testing.T) {
 		require.ErrorIs(t, err, ErrSuspended)
 	}
 	require.ErrorIs(t, d.Send(ctx, io.Discard, "w", "", nil), ErrSuspended)
+	for _, err := range d.BlockDiff(ctx, "w", "base") {
+		require.ErrorIs(t, err, ErrSuspended)
+	}
+	for _, base := range []string{"base", ""} {
+		stream, err := d.Diff(ctx, "w", base, nil)
+		if err == nil {
+			_, err = io.Copy(io.Discard, stream)
+			_ = stream.Close() // it may say the same again
+		}
+		require.ErrorIs(t, err, ErrSuspended)
+	}
+	_, err = d.Get(ctx, "base", nil)
+	require.ErrorIs(t, err, ErrSuspended)
+	_, err = d.Stat(ctx, "w", &layerfs.StatOptions{Usage: true})
+	require.ErrorIs(t, err, ErrSuspended)
+	require.ErrorIs(t, d.Clone(ctx, "z", "base", nil), ErrSuspended)
 	assert.Less(t, time.Since(start), 20*time.Second)
 
 	require.NoError(t, os.Remove(filler))

@@ -94,6 +94,9 @@ func (m *mechanism) View(ctx context.Context, chain lifecycle.Chain) (lifecycle.
 
 // private shows a layer, whose lock is held, in a private place.
 func (m *mechanism) private(ctx context.Context, rec *lifecycle.Record, readOnly bool) (_ lifecycle.View, err error) {
+	if err := m.answers(); err != nil {
+		return lifecycle.View{}, err
+	}
 	path := filepath.Join(m.views.dir, fmt.Sprintf("%d.%s", m.serial.Add(1), rec.ID))
 	var u undo.Stack
 	defer u.Run(&err)
