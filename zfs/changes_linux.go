@@ -10,6 +10,8 @@ import (
 	"path/filepath"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/layerfs/layerfs"
 	"github.com/layerfs/layerfs/internal/lifecycle"
 	"github.com/layerfs/layerfs/internal/mount"
@@ -267,7 +269,9 @@ func (t *trees) close() {
 
 // placeOf looks a path up that is clean and absolute in the tree.
 func placeOf(root *os.Root, path string) (*place, error) {
-	dir, err := root.Open("." + filepath.Dir(path))
+	// What is a directory in one tree is anything in the other: a pipe would keep
+	// its opener waiting.
+	dir, err := root.OpenFile("."+filepath.Dir(path), unix.O_RDONLY|unix.O_DIRECTORY|unix.O_NONBLOCK, 0)
 	if err != nil {
 		return nil, err
 	}

@@ -163,6 +163,9 @@ func TestNativeChanges(t *testing.T) {
 		{"symlink of two names replaced by its copy", func(p string) error {
 			return errors.Join(os.Remove(p+"/links/a/sym"), os.Symlink("to", p+"/links/a/sym"))
 		}},
+		{"directory with changes becomes a pipe", func(p string) error {
+			return errors.Join(os.RemoveAll(p+"/dir"), unix.Mkfifo(p+"/dir", 0o644))
+		}},
 	} {
 		t.Run(fmt.Sprintf("%02d-%s", i, step.name), func(t *testing.T) {
 			var err error
