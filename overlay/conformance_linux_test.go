@@ -102,16 +102,8 @@ func TestConformanceUnion(t *testing.T) {
 	if testing.Short() {
 		t.Skip("mounts thousands of times; TestUnionProgram is the short form")
 	}
-	requireFUSE(t)
+	testenv.RequireFUSE(t, "overlay-union")
 	drivertest.Run(t, united())
-}
-
-func requireFUSE(t *testing.T) {
-	t.Helper()
-	testenv.RequireRoot(t)
-	if _, err := os.Stat("/dev/fuse"); err != nil {
-		testenv.SkipUnsupported(t, &layerfs.UnsupportedError{Feature: "FUSE", Reason: err.Error()}, "overlay-union")
-	}
 }
 
 func requireOverlay(t *testing.T) {

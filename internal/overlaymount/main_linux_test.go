@@ -15,7 +15,6 @@ import (
 	"github.com/stretchr/testify/require"
 	"golang.org/x/sys/unix"
 
-	"github.com/layerfs/layerfs"
 	"github.com/layerfs/layerfs/internal/mount"
 	"github.com/layerfs/layerfs/internal/overlaymount/ask"
 	"github.com/layerfs/layerfs/internal/testenv"
@@ -31,14 +30,6 @@ func TestMain(m *testing.M) {
 		os.Exit(status)
 	}
 	os.Exit(testenv.Main(m))
-}
-
-func requireFUSE(t *testing.T) {
-	t.Helper()
-	testenv.RequireRoot(t)
-	if _, err := os.Stat("/dev/fuse"); err != nil {
-		testenv.SkipUnsupported(t, &layerfs.UnsupportedError{Feature: "FUSE", Reason: err.Error()}, "overlay-union")
-	}
 }
 
 func newPlan(t *testing.T) *ask.Plan {
@@ -66,7 +57,7 @@ func unmounted(t *testing.T, target string) {
 
 // TestMount by this process and by the command.
 func TestMount(t *testing.T) {
-	requireFUSE(t)
+	testenv.RequireFUSE(t, "overlay-union")
 	byCommand := func(_ context.Context, program string, p *ask.Plan) error {
 		out, err := exec.Command(program, command, "-o", "lowerdir="+p.Lowers[0]+",upperdir="+p.Upper, p.Target).CombinedOutput()
 		if err != nil {
@@ -96,7 +87,7 @@ func TestMount(t *testing.T) {
 
 // TestMountFails leaves neither a mount nor a server.
 func TestMountFails(t *testing.T) {
-	requireFUSE(t)
+	testenv.RequireFUSE(t, "overlay-union")
 	for name, tc := range map[string]struct {
 		program string
 		spoil   func(*ask.Plan)
@@ -151,7 +142,7 @@ func TestMountFails(t *testing.T) {
 
 // TestLog: what goes wrong when there is no caller any more is told in a file.
 func TestLog(t *testing.T) {
-	requireFUSE(t)
+	testenv.RequireFUSE(t, "overlay-union")
 	logged := func(t *testing.T, p *ask.Plan) string {
 		t.Helper()
 		ends(t, p.Target)
@@ -212,7 +203,7 @@ func serverOf(t *testing.T, target string) (pid int) {
 // TestCallerKilled kills callers at all moments: what is mounted when the caller
 // has ended is all that will ever be mounted.
 func TestCallerKilled(t *testing.T) {
-	requireFUSE(t)
+	testenv.RequireFUSE(t, "overlay-union")
 	own, err := os.Readlink(ask.Self)
 	require.NoError(t, err)
 	mounts, rounds := 0, 60
@@ -270,7 +261,7 @@ func TestCaller(t *testing.T) {
 		time.Sleep(time.Minute)
 		return
 	}
-	requireFUSE(t)
+	testenv.RequireFUSE(t, "overlay-union")
 	p := newPlan(t)
 	p.ReadOnly, p.NoDev = true, true
 	require.NoError(t, ask.Mount(t.Context(), ask.Self, p))

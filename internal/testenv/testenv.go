@@ -101,6 +101,16 @@ func KernelHas(version string) bool {
 	return err == nil && !have.less(want)
 }
 
+// RequireFUSE skips the test unless it may mount FUSE file systems; backends are
+// as for [SkipUnsupported].
+func RequireFUSE(tb testing.TB, backends ...string) {
+	tb.Helper()
+	RequireRoot(tb)
+	if _, err := os.Stat("/dev/fuse"); err != nil {
+		SkipUnsupported(tb, &layerfs.UnsupportedError{Feature: "FUSE", Reason: err.Error()}, backends...)
+	}
+}
+
 // SkipUnsupported skips the test if err says that this host lacks something,
 // and does nothing if it is nil or another error. It fails the test if
 //

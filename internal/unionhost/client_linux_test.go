@@ -17,7 +17,6 @@ import (
 	"github.com/stretchr/testify/require"
 	"golang.org/x/sys/unix"
 
-	"github.com/layerfs/layerfs"
 	"github.com/layerfs/layerfs/internal/keeper"
 	"github.com/layerfs/layerfs/internal/mount"
 	"github.com/layerfs/layerfs/internal/testenv"
@@ -28,14 +27,6 @@ func TestMain(m *testing.M) {
 		os.Exit(status)
 	}
 	os.Exit(testenv.Main(m))
-}
-
-func requireFUSE(t *testing.T) {
-	t.Helper()
-	testenv.RequireRoot(t)
-	if _, err := os.Stat("/dev/fuse"); err != nil {
-		testenv.SkipUnsupported(t, &layerfs.UnsupportedError{Feature: "FUSE", Reason: err.Error()}, "aufs")
-	}
 }
 
 // served is a union that a helper serves.
@@ -55,7 +46,7 @@ func newClient(t *testing.T) *Client {
 
 func newServed(t *testing.T) *served {
 	t.Helper()
-	requireFUSE(t)
+	testenv.RequireFUSE(t, "aufs")
 	s := &served{Client: newClient(t), dir: t.TempDir()}
 	for _, d := range []string{"up", "low", "more", "mnt"} {
 		require.NoError(t, os.Mkdir(s.dir+"/"+d, 0o755))
@@ -73,7 +64,7 @@ func newServed(t *testing.T) *served {
 
 // TestNoHelper: calls of a helper that is not there, or cannot be.
 func TestNoHelper(t *testing.T) {
-	requireFUSE(t)
+	testenv.RequireFUSE(t, "aufs")
 	branch, target := t.TempDir(), t.TempDir()
 	cfg := Config{Target: target, UDBA: "none", Branches: []Branch{{branch, "rw"}}}
 	mounts := func(t *testing.T, c *Client, want string) {
@@ -163,7 +154,7 @@ func TestStaleSocket(t *testing.T) {
 		"link": func(t *testing.T, path string) { require.NoError(t, os.Symlink("nowhere", path)) },
 	} {
 		t.Run(name, func(t *testing.T) {
-			requireFUSE(t)
+			testenv.RequireFUSE(t, "aufs")
 			c := newClient(t)
 			require.NoError(t, os.Mkdir(c.Dir, 0o700))
 			left(t, c.Dir+"/socket")
@@ -179,7 +170,7 @@ func TestStaleSocket(t *testing.T) {
 
 // TestPaths: paths are bytes, on their way to the helper and in the state.
 func TestPaths(t *testing.T) {
-	requireFUSE(t)
+	testenv.RequireFUSE(t, "aufs")
 	testenv.RequireKernel(t, "6.9", "requests that come again (FUSE_NOTIFY_RESEND)")
 	c := newClient(t)
 	dir := t.TempDir() + "/\xff\"\n\u2028\xf0\x9f"

@@ -8,7 +8,6 @@ import (
 	"github.com/stretchr/testify/require"
 	"golang.org/x/sys/unix"
 
-	"github.com/layerfs/layerfs"
 	"github.com/layerfs/layerfs/internal/mount"
 	"github.com/layerfs/layerfs/internal/testenv"
 	"github.com/layerfs/layerfs/overlay"
@@ -20,17 +19,9 @@ func TestMain(m *testing.M) {
 	os.Exit(testenv.Main(m))
 }
 
-func requireFUSE(t *testing.T) {
-	t.Helper()
-	testenv.RequireRoot(t)
-	if _, err := os.Stat("/dev/fuse"); err != nil {
-		testenv.SkipUnsupported(t, &layerfs.UnsupportedError{Feature: "FUSE", Reason: err.Error()}, "overlay-union")
-	}
-}
-
 // TestOwnProgram mounts by this program, and another driver of it takes over.
 func TestOwnProgram(t *testing.T) {
-	requireFUSE(t)
+	testenv.RequireFUSE(t, "overlay-union")
 	root, ctx := t.TempDir(), t.Context()
 	open := func() *overlay.Driver {
 		d, err := overlay.New(root, &overlay.Options{MountProgram: union.Main()})
