@@ -51,12 +51,22 @@ func servers(t *testing.T, dir string) (list []string) {
 	return list
 }
 
+// oneServer returns the only server, once those of mounts that are gone have
+// ended.
+func oneServer(t *testing.T, dir string) (list []string) {
+	t.Helper()
+	require.Eventually(t, func() bool {
+		list = servers(t, dir)
+		return len(list) == 1
+	}, 10*time.Second, time.Millisecond)
+	return list
+}
+
 // killServer kills the only server of a mount below a directory, and waits for
 // its end.
 func killServer(t *testing.T, dir string) {
 	t.Helper()
-	list := servers(t, dir)
-	require.Len(t, list, 1)
+	list := oneServer(t, dir)
 	pid, err := strconv.Atoi(filepath.Base(filepath.Dir(list[0])))
 	require.NoError(t, err)
 	require.NoError(t, unix.Kill(pid, unix.SIGKILL))
@@ -76,7 +86,7 @@ func TestServerKilled(t *testing.T) {
 		_, err := os.ReadDir(path)
 		require.NoError(t, err)
 		require.NoError(t, os.WriteFile(path+"/new", nil, 0o644))
-		require.Len(t, servers(t, first.m.home), 1)
+		oneServer(t, first.m.home)
 		infos, err := mount.Under(path)
 		require.NoError(t, err)
 		require.Len(t, infos, 1)
