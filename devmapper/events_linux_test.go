@@ -70,7 +70,6 @@ func told(t *testing.T, d *Driver, e Event) {
 // TestEvents: a pool that runs out of space and is mended tells of each step
 // once, in order, and with what was so then.
 func TestEvents(t *testing.T) {
-	t.Parallel() // most of it is waiting
 	root := newRoot(t)
 	o := small()
 	o.DataSize, o.BaseSize, o.MinFreeSpace, o.ErrorIfNoSpace = 64<<20, 256<<20, 50, true
@@ -129,7 +128,6 @@ func TestEvents(t *testing.T) {
 
 // TestExtend: the pool grows before it is full, and tells before and after.
 func TestExtend(t *testing.T) {
-	t.Parallel() // most of it is waiting
 	o := small()
 	o.DataSize = 64 << 20
 	o.ExtendThreshold, o.ExtendPercent = 50, 100
@@ -202,7 +200,6 @@ func TestExtendOne(t *testing.T) {
 }
 
 func TestExtendFails(t *testing.T) {
-	t.Parallel() // most of it is waiting
 	o := small()
 	o.DataSize, o.BaseSize, o.ErrorIfNoSpace = 64<<20, 128<<20, true
 	o.ExtendThreshold, o.ExtendPercent = 80, 300
