@@ -21,7 +21,7 @@ import (
 // parents. Who looks must not be taken for who makes it.
 func TestGoneChildAskedByTwo(t *testing.T) {
 	home := t.TempDir()
-	const looks = 3000
+	const looks = 1000
 	var wg sync.WaitGroup
 	for i := range 2 {
 		d, parent := mustOpen(t, home), fmt.Sprint("p", i)
@@ -48,7 +48,7 @@ func TestLoadBesideAdd(t *testing.T) {
 	var wg sync.WaitGroup
 	wg.Go(func() {
 		defer close(stop)
-		for i := range 5000 {
+		for i := range 2000 {
 			rec := &Record{ID: "x", Parent: fmt.Sprint("p", i%7), Created: time.Now().UTC()}
 			if !assert.NoError(t, writer.Add(rec)) || !assert.NoError(t, writer.Drop(rec, false)) {
 				return
