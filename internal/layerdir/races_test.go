@@ -17,6 +17,15 @@ import (
 	"github.com/layerfs/layerfs"
 )
 
+// unsynced is mustOpen without syncing.
+func unsynced(t *testing.T, home string) *Dir {
+	t.Helper()
+	d, err := Open(home, layerfs.DurabilityNone)
+	require.NoError(t, err)
+	t.Cleanup(func() { d.Close() })
+	return d
+}
+
 // TestGoneChildAskedByTwo: the id of a removed layer stands in the files of two
 // parents. Who looks must not be taken for who makes it.
 func TestGoneChildAskedByTwo(t *testing.T) {
@@ -24,7 +33,7 @@ func TestGoneChildAskedByTwo(t *testing.T) {
 	const looks = 1000
 	var wg sync.WaitGroup
 	for i := range 2 {
-		d, parent := mustOpen(t, home), fmt.Sprint("p", i)
+		d, parent := unsynced(t, home), fmt.Sprint("p", i)
 		wg.Go(func() {
 			for range looks {
 				if err := d.AddChild(parent, "work"); !assert.NoError(t, err) {
@@ -43,7 +52,7 @@ func TestGoneChildAskedByTwo(t *testing.T) {
 // TestLoadBesideAdd: without the lock a record is there or not, never damaged.
 func TestLoadBesideAdd(t *testing.T) {
 	home := t.TempDir()
-	writer, reader := mustOpen(t, home), mustOpen(t, home)
+	writer, reader := unsynced(t, home), unsynced(t, home)
 	stop := make(chan struct{})
 	var wg sync.WaitGroup
 	wg.Go(func() {
