@@ -7,7 +7,6 @@ import (
 	"io"
 	"io/fs"
 	"iter"
-	"slices"
 
 	"golang.org/x/sys/unix"
 
@@ -298,14 +297,11 @@ func (m *mechanism) sendable(ctx context.Context, chain lifecycle.Chain, base in
 	if !ro {
 		return p, nil
 	}
-	noted, err := m.dir.Children(id)
+	children, err := m.dir.Children(id)
 	if err != nil {
 		return nil, errors.Join(err, p.release())
 	}
-	if slices.ContainsFunc(noted, func(child string) bool {
-		rec, err := m.dir.Load(child)
-		return err == nil && rec.Parent == id
-	}) {
+	if len(children) > 0 {
 		p.newer = m.Path(id)
 	}
 	return p, nil

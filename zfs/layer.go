@@ -213,7 +213,7 @@ func keep(rec *lifecycle.Record, snap string) (err error) {
 // from. That child was there since the snapshot, so the parent has not been
 // written since.
 func (m *mechanism) sibling(rec *lifecycle.Record) string {
-	children, err := m.dir.Children(rec.Parent)
+	children, err := m.dir.Noted(rec.Parent)
 	if err != nil {
 		return ""
 	}

@@ -72,12 +72,22 @@ func (d *Dir) compact(parent string, size int64) error {
 	return err
 }
 
-// Children lists layers that were made on id or are being made, the oldest
-// first. It may name layers that do not exist or are not its children any more:
-// see [Dir.HasChildren].
-func (d *Dir) Children(id string) ([]string, error) {
+// Noted lists layers that were made on id or are being made, the oldest first.
+// It may name layers that do not exist or are not its children any more.
+func (d *Dir) Noted(id string) ([]string, error) {
 	ids, _, err := d.childrenOf(id)
 	return ids, err
+}
+
+// Children lists the layers whose records name id as their parent, the oldest
+// first. The lock of id need not be held; of one that does hold it,
+// [Dir.HasChildren] also counts those that are being made.
+func (d *Dir) Children(id string) ([]string, error) {
+	noted, _, err := d.childrenOf(id)
+	return slices.DeleteFunc(noted, func(child string) bool {
+		rec, err := d.Load(child)
+		return err != nil || rec.Parent != id
+	}), err
 }
 
 // childrenOf also reports whether there is a file.

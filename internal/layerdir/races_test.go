@@ -20,10 +20,7 @@ import (
 // unsynced is mustOpen without syncing.
 func unsynced(t *testing.T, home string) *Dir {
 	t.Helper()
-	d, err := Open(home, layerfs.DurabilityNone)
-	require.NoError(t, err)
-	t.Cleanup(func() { d.Close() })
-	return d
+	return openWith(t, home, layerfs.DurabilityNone)
 }
 
 // TestGoneChildAskedByTwo: the id of a removed layer stands in the files of two

@@ -137,7 +137,7 @@ func (s *scanner) markers(recs map[string]*Record) error {
 		of := known[rec.Parent]
 		if of == nil {
 			of = make(map[string]bool)
-			children, err := s.d.dir.Children(rec.Parent)
+			children, err := s.d.dir.Noted(rec.Parent)
 			if err != nil {
 				return err
 			}

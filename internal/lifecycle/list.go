@@ -22,11 +22,11 @@ func (d *Driver) Stat(ctx context.Context, id string, opts *layerfs.StatOptions)
 	if err != nil {
 		return layerfs.Info{}, err
 	}
-	children, err := d.countChildren(id)
+	children, err := d.dir.Children(id)
 	if err != nil {
 		return layerfs.Info{}, err
 	}
-	return d.info(rec, children)
+	return d.info(rec, len(children))
 }
 
 func (d *Driver) statUsage(ctx context.Context, id string) (layerfs.Info, error) {
@@ -35,34 +35,17 @@ func (d *Driver) statUsage(ctx context.Context, id string) (layerfs.Info, error)
 		return layerfs.Info{}, err
 	}
 	defer unpin()
-	children, err := d.countChildren(id)
+	children, err := d.dir.Children(id)
 	if err != nil {
 		return layerfs.Info{}, err
 	}
-	info, err := d.info(chain.Layer(), children)
+	info, err := d.info(chain.Layer(), len(children))
 	if err != nil {
 		return info, err
 	}
 	u, err := d.m.Usage(ctx, chain)
 	info.Usage = &u
 	return info, err
-}
-
-// countChildren counts the children of a layer, whose lock need not be held.
-func (d *Driver) countChildren(id string) (int, error) {
-	children, err := d.children(id)
-	return len(children), err
-}
-
-// children returns the layers whose records name a layer as their parent.
-func (d *Driver) children(id string) (ids []string, err error) {
-	noted, err := d.dir.Children(id)
-	for _, c := range noted {
-		if rec, err := d.dir.Load(c); err == nil && rec.Parent == id {
-			ids = append(ids, c)
-		}
-	}
-	return ids, err
 }
 
 func (d *Driver) info(rec *Record, children int) (layerfs.Info, error) {

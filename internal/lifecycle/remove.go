@@ -107,7 +107,7 @@ func (d *Driver) childless(id string) (ever bool, err error) {
 	if err != nil || !has {
 		return ever, err
 	}
-	children, err := d.children(id)
+	children, err := d.dir.Children(id)
 	if err != nil {
 		return ever, err
 	}
