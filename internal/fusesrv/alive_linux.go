@@ -15,8 +15,8 @@ func (s *Server) Alive() bool {
 	if s.state != nil {
 		_ = s.state.Err() // the same
 	}
-	waits := false
-	if err := s.pending(&waits); err != nil {
+	waits, err := s.pending()
+	if err != nil {
 		return true // it has ended
 	}
 	taken := s.requests.Load()
@@ -36,14 +36,15 @@ func (s *Server) Device(f func()) error {
 }
 
 // pending reports whether a request waits: fuse_dev_poll() gives POLLIN then.
-func (s *Server) pending(waits *bool) error {
+func (s *Server) pending() (waits bool, err error) {
 	raw, err := s.f.SyscallConn()
 	if err != nil {
-		return err
+		return false, err
 	}
-	return raw.Control(func(fd uintptr) {
+	err = raw.Control(func(fd uintptr) {
 		p := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
 		n, err := unix.Poll(p, 0)
-		*waits = err == nil && n == 1 && p[0].Revents&(unix.POLLIN|unix.POLLERR) == unix.POLLIN
+		waits = err == nil && n == 1 && p[0].Revents&(unix.POLLIN|unix.POLLERR) == unix.POLLIN
 	})
+	return waits, err
 }

@@ -43,8 +43,9 @@ func TestAlive(t *testing.T) {
 		_, err := os.Lstat(dir + "/mnt/f")
 		done <- err
 	}()
-	waits := func() (w bool) {
-		require.NoError(t, s.pending(&w))
+	waits := func() bool {
+		w, err := s.pending()
+		require.NoError(t, err)
 		return w
 	}
 	require.Eventually(t, waits, 10*time.Second, time.Millisecond)
