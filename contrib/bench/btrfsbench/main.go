@@ -58,9 +58,14 @@ func run(ctx context.Context, args []string, w io.Writer) (err error) {
 	b := &bench{w: w}
 	fs.IntVar(&b.rounds, "rounds", 5, "`number` of measurements of each kind")
 	fs.IntVar(&b.files, "files", 65000, "`number` of files of a layer")
+	only := fs.String("only", "", "the one `part` to run: compare, growth or life")
 	dir := fs.String("dir", "/dev/shm", "`directory` on a tmpfs to work in")
 	if err := fs.Parse(args); err != nil {
 		return err
+	}
+	named := func(p part) bool { return p.name == *only }
+	if *only != "" && !slices.ContainsFunc(parts, named) {
+		return fmt.Errorf("no part %q", *only)
 	}
 	if os.Geteuid() != 0 {
 		return errors.New("needs root, to mount")
@@ -70,13 +75,24 @@ func run(ctx context.Context, args []string, w io.Writer) (err error) {
 	}
 	defer func() { err = errors.Join(err, os.RemoveAll(b.dir)) }()
 	b.printHost()
-	for _, part := range []func(context.Context) error{b.compare, b.growth, b.life} {
-		if err := part(ctx); err != nil {
+	for _, part := range parts {
+		if *only != "" && *only != part.name {
+			continue
+		}
+		if err := part.run(b, ctx); err != nil {
 			return err
 		}
 	}
 	return nil
 }
+
+// part is a group of measurements on file systems of its own.
+type part struct {
+	name string
+	run  func(*bench, context.Context) error
+}
+
+var parts = []part{{"compare", (*bench).compare}, {"growth", (*bench).growth}, {"life", (*bench).life}}
 
 type bench struct {
 	w             io.Writer
