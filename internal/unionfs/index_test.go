@@ -156,6 +156,16 @@ func keyAt(fs *FS, n *Node) key {
 	return n.keyNow()
 }
 
+// misses looks a name up that the root has not.
+func misses(t *testing.T, fs *FS, n int) {
+	t.Helper()
+	var st unix.Stat_t
+	for range n {
+		_, err := fs.Lookup(fs.Root(), "none", &st)
+		require.ErrorIs(t, err, unix.ENOENT)
+	}
+}
+
 // TestIndexLimits checks when there is an index.
 func TestIndexLimits(t *testing.T) {
 	root := t.TempDir()
@@ -207,11 +217,7 @@ func TestIndexLimits(t *testing.T) {
 		}
 		fs := mustOpen(t, &Config{Branches: same})
 		fs.KeepListings(true)
-		var st unix.Stat_t
-		for range 100 {
-			_, err := fs.Lookup(fs.root, "none", &st)
-			require.ErrorIs(t, err, unix.ENOENT)
-		}
+		misses(t, fs, 100)
 		require.True(t, fs.root.index != nil)
 		assert.Equal(t, 10*len(same), fs.indexed)
 		fs.ChangedAll()
@@ -225,11 +231,7 @@ func TestIndexLimits(t *testing.T) {
 	t.Run("not-of-few-branches", func(t *testing.T) {
 		fs := mustOpen(t, &Config{Branches: specs[:indexMin-1]})
 		fs.KeepListings(true)
-		var st unix.Stat_t
-		for range 300 {
-			_, err := fs.Lookup(fs.Root(), "none", &st)
-			require.ErrorIs(t, err, unix.ENOENT)
-		}
+		misses(t, fs, 300)
 		assert.True(t, fs.root.index == nil)
 	})
 	t.Run("dropped-with-a-branch", func(t *testing.T) {
@@ -344,14 +346,11 @@ func TestIndexFolding(t *testing.T) {
 	}
 	fs := mustOpen(t, &Config{Branches: specs})
 	fs.KeepListings(true)
-	var st unix.Stat_t
-	for range 100 {
-		_, err := fs.Lookup(fs.root, "none", &st)
-		require.ErrorIs(t, err, unix.ENOENT)
-	}
+	misses(t, fs, 100)
 	require.True(t, fs.root.index != nil)
 	require.NoError(t, os.WriteFile(specs[2].Path+"/Name", nil, 0o644))
 	fs.Changed(fs.root, "Name")
+	var st unix.Stat_t
 	n, err := fs.Lookup(fs.root, "nAME", &st)
 	require.NoError(t, err)
 	fs.Forget(n, 1)
