@@ -180,10 +180,10 @@ func (t *tool) pipe(ctx context.Context, in io.Reader, out io.Writer, program st
 	}
 }
 
-// abandon kills a process and gives it a moment to end.
-func abandon(cmd *exec.Cmd, done <-chan error) {
+// abandon kills a process and reports whether it has ended.
+func abandon(cmd *exec.Cmd, done <-chan error) bool {
 	_ = cmd.Process.Kill() // it may have ended
-	ends(done)
+	return ends(done)
 }
 
 // ends waits for a process for a moment.
