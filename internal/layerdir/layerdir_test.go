@@ -1,6 +1,7 @@
 package layerdir
 
 import (
+	"bytes"
 	"context"
 	"fmt"
 	"os"
@@ -10,6 +11,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
 	"github.com/layerfs/layerfs"
@@ -176,6 +178,33 @@ func TestChildrenMany(t *testing.T) {
 
 // TestAdd: a record that a crash kept from being written is none; one that lost
 // its content later is damage.
+// TestCutOff: a record that is damaged is told, on every system.
+func TestCutOff(t *testing.T) {
+	d := mustOpen(t, t.TempDir())
+	require.NoError(t, os.WriteFile(d.path("records", "x"), []byte(`{"id":"x","par`), 0o600))
+	rec, err := d.Load("x")
+	require.ErrorContains(t, err, "empty or cut off")
+	require.Nil(t, rec)
+}
+
+// TestOwnRecord: what another process wrote in the same tick of the clock, of the
+// same size and with the same inode, is not hidden for ever by what was ours.
+func TestOwnRecord(t *testing.T) {
+	d := mustOpen(t, t.TempDir())
+	require.NoError(t, d.Save(&Record{ID: "x", Parent: "a"}))
+	path := d.path("records", "x")
+	fi, err := os.Stat(path)
+	require.NoError(t, err)
+	b, err := os.ReadFile(path)
+	require.NoError(t, err)
+	require.NoError(t, os.WriteFile(path, bytes.Replace(b, []byte(`"a"`), []byte(`"b"`), 1), 0o600)) // the same inode
+	require.NoError(t, os.Chtimes(path, time.Time{}, fi.ModTime()))
+	require.Eventually(t, func() bool {
+		rec, err := d.Load("x")
+		return assert.NoError(t, err) && rec.Parent == "b"
+	}, 20*time.Second, 10*time.Millisecond)
+}
+
 func TestAdd(t *testing.T) {
 	home := t.TempDir()
 	d := mustOpen(t, home)

@@ -44,13 +44,11 @@ func (d *Dir) Load(id string) (*Record, error) {
 		return nil, err
 	}
 	defer d.unuse()
+	const tries = 16 // of one that is replaced all the time
 	at, err := d.records.stat(id)
-	for range 16 {
-		if err != nil {
-			break
-		}
+	for try := 1; err == nil; try++ {
 		if c, ok := d.cache.Load(id); ok {
-			if c := c.(cached); c.at.same(at) {
+			if c := c.(cached); c.at.same(at) && (c.settled || !at.settled(d.direct)) {
 				return c.rec, nil
 			}
 		}
@@ -58,7 +56,7 @@ func (d *Dir) Load(id string) (*Record, error) {
 		rec, err = readRecord(d.records, id)
 		if err == nil {
 			if at.settled(d.direct) {
-				d.cache.Store(id, cached{rec, at})
+				d.cache.Store(id, cached{rec, at, true})
 			}
 			return rec, nil
 		}
@@ -68,13 +66,14 @@ func (d *Dir) Load(id string) (*Record, error) {
 		// Was it this file that is cut off, or one that is being made in its
 		// place?
 		now, serr := d.records.stat(id)
-		if serr == nil && now == at {
-			if at.unfinished() {
-				err = fs.ErrNotExist
-			}
-			break
+		switch {
+		case serr != nil:
+			err = serr
+		case try < tries && !(now.same(at) && now.unfinished() == at.unfinished()):
+			at, err = now, nil
+		case now.unfinished():
+			err = fs.ErrNotExist
 		}
-		at, err = now, serr
 	}
 	if errors.Is(err, fs.ErrNotExist) {
 		d.cache.Delete(id)
@@ -93,9 +92,14 @@ var errCutOff = errors.New("it is empty or cut off")
 // cached is a record and the file it was read from. A record is replaced by
 // rename, never rewritten, so another inode or time means another record; also
 // where an inode is used again at once, as its time was settled when it was read.
+//
+// What this process wrote itself is believed at once, and read when it has
+// settled: another process may have dropped it and added one as long, with the
+// same inode, within the same tick of the clock.
 type cached struct {
-	rec *Record
-	at  stamp
+	rec     *Record
+	at      stamp
+	settled bool
 }
 
 func readRecord(from folder, id string) (*Record, error) {
@@ -191,9 +195,8 @@ func (d *Dir) store(rec *Record, write func([]byte) (stamp, error)) error {
 	if err != nil {
 		return err
 	}
-	// Nobody else can have replaced it since, and reading it back would give
-	// the same.
-	d.cache.Store(rec.ID, cached{rec, at})
+	// Nobody else can have replaced it yet, as the caller has the lock.
+	d.cache.Store(rec.ID, cached{rec, at, false})
 	return nil
 }
 
