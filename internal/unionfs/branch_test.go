@@ -131,10 +131,11 @@ func TestModifyRefused(t *testing.T) {
 		_, err := fs.Modify(b.path, ROWH)
 		require.NoError(t, err)
 	})
-	t.Run("without-room-to-go-back", func(t *testing.T) {
+	// stuck is a branch that is neither given up nor what it was.
+	stuck := func(t *testing.T) (fs *FS, b *Branch, fd, keep int) {
 		testenv.RequireRoot(t)
-		fs, b := setup(t)
-		fd := foreign(t, b)
+		fs, b = setup(t)
+		fd = foreign(t, b)
 		keep, err := unix.Openat(b.root, whMounted, unix.O_RDONLY|unix.O_CLOEXEC, 0)
 		require.NoError(t, err)
 		for i := 0; ; i++ {
@@ -148,10 +149,14 @@ func TestModifyRefused(t *testing.T) {
 		assert.Equal(t, ROWH, b.perm)
 		_, err = fs.Mkdir(fs.root, "d", 0o755, Cred{}, &st)
 		assert.ErrorIs(t, err, unix.EROFS)
+		return fs, b, fd, keep
+	}
+	t.Run("without-room-to-go-back", func(t *testing.T) {
+		fs, b, fd, keep := stuck(t)
 		// It can be taken back when there is room.
 		unix.Close(keep)
 		unix.Close(fd)
-		_, err = fs.Modify(b.path, RW)
+		_, err := fs.Modify(b.path, RW)
 		require.NoError(t, err)
 		assert.True(t, mounted(b))
 		require.NoError(t, fs.Unlink(fs.root, "full0"))
@@ -159,4 +164,26 @@ func TestModifyRefused(t *testing.T) {
 		require.NoError(t, err)
 		assert.Nil(t, b.lock)
 	})
+	for _, perm := range []Perm{ROWH, RO, RR} {
+		t.Run("given-up-later/"+perm.String(), func(t *testing.T) {
+			fs, b, fd, keep := stuck(t)
+			lock, plnk := b.lock, b.plnk
+			_, err := fs.Modify(b.path, perm)
+			require.ErrorIs(t, err, unix.EBUSY, "it cannot be given up yet")
+			assert.Equal(t, ROWH, b.perm)
+			assert.Same(t, lock, b.lock)
+			assert.Equal(t, plnk, b.plnk)
+			unix.Close(keep)
+			unix.Close(fd)
+			_, err = fs.Modify(b.path, perm)
+			require.NoError(t, err)
+			assert.Equal(t, perm, b.perm)
+			assert.Nil(t, b.lock)
+			assert.Equal(t, -1, b.plnk)
+			assert.ErrorIs(t, unix.Mknodat(b.root, "late", unix.S_IFREG|0o644, 0), unix.EROFS)
+			other, _, err := Open(&Config{Branches: []BranchSpec{{b.path, RW}}})
+			require.NoError(t, err, "another union can have it")
+			require.NoError(t, other.Close())
+		})
+	}
 }

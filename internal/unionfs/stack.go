@@ -75,13 +75,18 @@ func (fs *FS) Delete(path string) error {
 // Modify changes what a branch may be used for. EBUSY while a descriptor may
 // write a file of it and it is to become read-only: that of a file open for
 // writing, or of one that was created and has been open without a pause since.
-// A branch that stays writable keeps its lock throughout.
+// A branch that stays writable keeps its lock throughout. So does one that could
+// neither be given up nor be marked as before: it is read-only, and Modify to any
+// such permission tries again.
 func (fs *FS) Modify(path string, perm Perm) ([]Repaired, error) {
 	fs.stackMu.Lock()
 	defer fs.stackMu.Unlock()
 	b, err := fs.branch(path)
-	if err != nil || b.perm == perm {
+	if err != nil {
 		return nil, err
+	}
+	if b.perm == perm && (perm == RW || b.lock == nil) {
+		return nil, nil
 	}
 	fail := func(err error) ([]Repaired, error) {
 		return nil, &os.PathError{Op: "modify branch", Path: path, Err: err}
@@ -127,7 +132,16 @@ func (fs *FS) Modify(path string, perm Perm) ([]Repaired, error) {
 			return done, err
 		}
 	default:
+		// What an earlier call could not give up is given up here.
+		if b.wopen.Load() > 0 {
+			return fail(unix.EBUSY)
+		}
 		b.perm = perm
+		if err := b.restrict(); err != nil {
+			b.perm = old
+			return fail(err)
+		}
+		b.release()
 	}
 	fs.restack(nil)
 	return done, nil
