@@ -171,8 +171,6 @@ func TestExtend(t *testing.T) {
 	require.Equal(t, total, fi.Size())
 }
 
-// TestExtendFails: an extension that fails says why and is tried again, does not
-// hide what comes of it, and the next one does not start from where it got.
 // TestExtendOne: a data file that cannot grow does not keep the metadata from it.
 func TestExtendOne(t *testing.T) {
 	o := small()
@@ -199,6 +197,8 @@ func TestExtendOne(t *testing.T) {
 	require.Equal(t, 2*before.TotalData, now.TotalData)
 }
 
+// TestExtendFails: an extension that fails says why and is tried again, does not
+// hide what comes of it, and the next one does not start from where it got.
 func TestExtendFails(t *testing.T) {
 	o := small()
 	o.DataSize, o.BaseSize, o.ErrorIfNoSpace = 64<<20, 128<<20, true
