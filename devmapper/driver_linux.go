@@ -55,11 +55,11 @@ type mechanism struct {
 	fault    func(string)     // immutable; of tests
 
 	// What start finds out; immutable after it.
-	root         string            // identity of the root
-	pool         string            // name of the pool's device
-	poolDev      dm.Device         // its number
-	metadataPath string            // file or device with the pool's metadata
-	relieved     *[2]dm.PoolStatus // before and after New made a full pool larger, which the watch tells
+	root         string    // identity of the root
+	pool         string    // name of the pool's device
+	poolDev      dm.Device // its number
+	metadataPath string    // file or device with the pool's metadata
+	relieved     *relief   // set if New made a full pool larger, which the watch tells
 
 	numbers   keylock.Set // its one key guards next and end, across system calls
 	next, end uint32      // device numbers reserved for this driver

@@ -1,8 +1,10 @@
 package devmapper
 
 import (
+	"context"
 	"fmt"
 	"os"
+	"path/filepath"
 	"sync"
 	"testing"
 	"time"
@@ -251,4 +253,92 @@ func TestExtendFails(t *testing.T) {
 	fi, err := os.Stat(d.m.dataFile())
 	require.NoError(t, err)
 	require.EqualValues(t, 256<<20, fi.Size())
+}
+
+// TestRelievedTells: what New could not do for a pool that was full is told with
+// what it did.
+func TestRelievedTells(t *testing.T) {
+	for _, failure := range []error{nil, unix.EFBIG} {
+		t.Run(fmt.Sprint(failure), func(t *testing.T) {
+			var r recorder
+			m := &mechanism{opts: Options{OnEvent: r.on}, relieved: &relief{
+				before: dm.PoolStatus{Mode: dm.PoolReadOnly, UsedMeta: 512, TotalMeta: 512},
+				after:  dm.PoolStatus{Mode: dm.PoolReadWrite, UsedMeta: 512, TotalMeta: 1024},
+				err:    failure,
+			}}
+			ctx, cancel := context.WithCancel(t.Context())
+			cancel() // before the first look
+			(&watch{m: m}).run(ctx)
+			require.Equal(t, []Event{
+				{Kind: ExtendBegin, Mode: "ro", MetadataUsed: 2 << 20, MetadataTotal: 2 << 20},
+				{Kind: ExtendDone, Mode: "rw", MetadataUsed: 2 << 20, MetadataTotal: 4 << 20, Err: failure},
+			}, r.events())
+		})
+	}
+}
+
+// TestExtendFullMetadata: New makes the full metadata of a pool larger. If that
+// fails, its error says why and not only that the pool is full; if only the data
+// file cannot grow, the pool is used and the event says why.
+func TestExtendFullMetadata(t *testing.T) {
+	w := way{fs: "ext4", how: "direct", write: writeDirect}
+	template := &Template{Options: w.fullOptions()}
+	o := &template.Options
+	o.DataSize, o.MetadataSize, o.ErrorIfNoSpace = 64<<20, 2<<20, true
+	d, path := template.full(t, nil)
+	require.NoError(t, w.write(path+"/half", 40<<20))
+	useMetadata(t, d)
+	var err error
+	for i := 0; err == nil && i < 50; i++ {
+		if err = w.write(fmt.Sprintf("%s/f%d", path, i), 256<<10); err == nil {
+			_ = takeBlock(d, 1000+i) // may be refused already
+		}
+	}
+	require.ErrorIs(t, err, unix.EIO)
+	require.NoError(t, d.Put(t.Context(), "a"))
+	full, err := d.m.poolStatus(true)
+	require.NoError(t, err)
+	require.Equal(t, dm.PoolReadOnly, full.Mode)
+	require.Greater(t, full.UsedData*100, full.TotalData*50)
+
+	// The files grow, but the pool is refused a table for them.
+	d.m.opts.ExtendThreshold, d.m.opts.ExtendPercent = 50, 100
+	block := d.m.opts.BlockSize
+	d.m.fault = func(step string) {
+		if step == "extend: loop device" {
+			d.m.opts.BlockSize = block + dm.SectorSize
+		}
+	}
+	second, err := loop.Attach(t.Context(), d.m.dataFile(), nil) // which one to enlarge?
+	require.NoError(t, err)
+	err = d.m.relieve(full)
+	d.m.fault, d.m.opts.BlockSize = nil, block
+	d.m.opts.ExtendThreshold, d.m.opts.ExtendPercent = 0, 0
+	require.ErrorIs(t, err, unix.ENOSPC)
+	require.ErrorContains(t, err, "metadata is full")
+	require.ErrorContains(t, err, "thin-pool: block size of")
+	require.ErrorContains(t, err, second.Path())
+
+	other := *o
+	other.ExtendThreshold, other.ExtendPercent = 50, 100
+	var r recorder
+	other.OnEvent = r.on
+	mustNew(t, filepath.Dir(d.m.home), &other)
+	r.kinds(t, 2)
+	begin, done := r.events()[0], r.events()[1]
+	require.Equal(t, ExtendBegin, begin.Kind)
+	require.Equal(t, "ro", begin.Mode)
+	require.EqualValues(t, 2<<20, begin.MetadataTotal)
+	require.Equal(t, ExtendDone, done.Kind)
+	require.Equal(t, "rw", done.Mode)
+	require.EqualValues(t, 4<<20, done.MetadataTotal)
+	require.EqualValues(t, 64<<20, done.Total)
+	require.ErrorContains(t, done.Err, second.Path())
+	require.NoError(t, second.Detach())
+	require.Eventually(t, func() bool {
+		list := r.events()
+		last := list[len(list)-1]
+		return last.Kind == ExtendDone && last.Err == nil && last.Total == 128<<20
+	}, 12*lookEvery, 20*time.Millisecond)
+	unharmed(t, d)
 }

@@ -341,22 +341,33 @@ func (m *mechanism) healthy(st dm.PoolStatus) error {
 	return nil
 }
 
-// relieve makes a pool larger that is to be extended and is full already. The
-// caller has the pool's lock.
+// relief is what New did to a pool that was full.
+type relief struct {
+	before, after dm.PoolStatus
+	err           error // of a file that could not grow, even if the other did
+}
+
+// relieve makes a pool larger that is to be extended and is full already. What
+// is no longer full can be used, whatever else failed. The caller has the pool's
+// lock.
 func (m *mechanism) relieve(st dm.PoolStatus) error {
 	err := m.healthy(st)
 	if err == nil || st.Mode != dm.PoolReadOnly || st.NeedsCheck || m.opts.ExtendThreshold == 0 {
 		return err
 	}
-	if grown, err := m.extendPool(); err != nil && !grown {
-		return err
+	grown, xerr := m.extendPool()
+	if xerr != nil && !grown {
+		return xerr
 	}
 	now, err := m.poolStatus(false)
 	if err != nil {
-		return err
+		return errors.Join(err, xerr)
 	}
-	m.relieved = &[2]dm.PoolStatus{st, now}
-	return m.healthy(now)
+	m.relieved = &relief{before: st, after: now, err: xerr}
+	if err := m.healthy(now); err != nil {
+		return errors.Join(err, xerr)
+	}
+	return nil
 }
 
 // message sends a message to the pool. One that cannot change its metadata

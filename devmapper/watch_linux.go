@@ -51,9 +51,9 @@ func (x *watch) close() error {
 }
 
 func (x *watch) run(ctx context.Context) {
-	if st := x.m.relieved; st != nil {
-		x.emit(ExtendBegin, st[0], nil)
-		x.emit(ExtendDone, st[1], nil)
+	if r := x.m.relieved; r != nil {
+		x.emit(ExtendBegin, r.before, nil)
+		x.emit(ExtendDone, r.after, r.err)
 	}
 	for ctx.Err() == nil {
 		if err := x.look(ctx); err != nil && ctx.Err() == nil {
