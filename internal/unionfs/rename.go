@@ -325,14 +325,14 @@ func (m *mover) holdReplaced() (release func()) {
 		return func() {}
 	}
 	fs.tabMu.Lock()
-	last := len(o.links) == 1 && o.plink == nil && o.orphan == nil
+	last := o.lastName()
 	fs.tabMu.Unlock()
+	if !last {
+		return func() {}
+	}
 	in := m.b.top
 	fd, err := in.pin()
-	if err != nil || !last {
-		if err == nil {
-			in.unpin()
-		}
+	if err != nil {
 		return func() {}
 	}
 	p, err := unix.Openat(fd, m.newName, unix.O_PATH|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
@@ -342,8 +342,14 @@ func (m *mover) holdReplaced() (release func()) {
 	}
 	f := fs.newFile(o, p, in.br, false)
 	fs.tabMu.Lock()
-	o.orphan = f
+	if last = o.lastName(); last { // another one may have been looked up
+		o.orphan = f
+	}
 	fs.tabMu.Unlock()
+	if !last {
+		f.Close()
+		return func() {}
+	}
 	return func() {
 		fs.tabMu.Lock()
 		held := o.orphan == f // another name may have been looked up
@@ -356,6 +362,10 @@ func (m *mover) holdReplaced() (release func()) {
 		}
 	}
 }
+
+// lastName reports whether the only way to a non-directory is the one name that
+// is known of it. tabMu is held.
+func (n *Node) lastName() bool { return len(n.links) == 1 && n.plink == nil && n.orphan == nil }
 
 func (m *mover) setOpaque(fd int, name string) error {
 	d, err := openDirAt(fd, name)

@@ -160,3 +160,54 @@ func TestOrphanOfLinked(t *testing.T) {
 		assert.Zero(t, b.files.Load(), b.path)
 	}
 }
+
+// TestReplacedFound looks another name of a file up while its known one is
+// replaced: whoever comes first, nothing is held that no one has open.
+func TestReplacedFound(t *testing.T) {
+	root := t.TempDir()
+	for _, d := range []string{"/rw", "/rw/d1", "/rw/d2"} {
+		require.NoError(t, os.Mkdir(root+d, 0o755))
+	}
+	fs := mustOpen(t, &Config{Branches: []BranchSpec{{root + "/rw", RW}}})
+	var st unix.Stat_t
+	d1, err := fs.Lookup(fs.root, "d1", &st)
+	require.NoError(t, err)
+	defer fs.Forget(d1, 1)
+	d2, err := fs.Lookup(fs.root, "d2", &st)
+	require.NoError(t, err)
+	defer fs.Forget(d2, 1)
+	held, rounds := 0, 1000 // one in a hundred meets the wrong moment
+	if testing.Short() {
+		rounds = 300
+	}
+	for range rounds {
+		require.NoError(t, os.WriteFile(root+"/rw/d1/f", []byte("old"), 0o644))
+		require.NoError(t, os.Link(root+"/rw/d1/f", root+"/rw/d2/g"))
+		require.NoError(t, os.WriteFile(root+"/rw/d1/new", []byte("new"), 0o644))
+		f, err := fs.Lookup(d1, "f", &st)
+		require.NoError(t, err)
+		found := make(chan *Node)
+		go func() {
+			var st unix.Stat_t
+			g, err := fs.Lookup(d2, "g", &st)
+			assert.NoError(t, err)
+			found <- g
+		}()
+		require.NoError(t, fs.Rename(d1, "new", d1, "f", 0))
+		g := <-found
+		fs.Forget(f, 1)
+		if fs.stack[0].files.Load() != 0 {
+			held++
+		}
+		r, err := fs.OpenFile(g, unix.O_RDONLY, false)
+		require.NoError(t, err)
+		b := make([]byte, 10)
+		n, err := unix.Pread(r.FD(), b, 0)
+		require.NoError(t, err)
+		assert.Equal(t, "old", string(b[:n]))
+		r.Close()
+		fs.Forget(g, 1)
+		require.NoError(t, os.Remove(root+"/rw/d2/g"))
+	}
+	assert.Zero(t, held, "renames that keep the branch in use")
+}
