@@ -202,16 +202,56 @@ func TestRefQuotaExceeded(t *testing.T) {
 	remove("child", "f")
 	require.NoError(t, put("child", "g", 16*mib), "what is removed does not")
 
-	var stream bytes.Buffer
-	w := tar.NewWriter(&stream)
-	require.NoError(t, w.WriteHeader(&tar.Header{Name: "g", Mode: 0o644, Size: int64(len(data)), Typeflag: tar.TypeReg}))
-	_, err := w.Write(data)
-	require.NoError(t, errors.Join(err, w.Close()))
 	require.NoError(t, d.Create(ctx, "applied", "base", nil))
-	_, err = d.Apply(ctx, "applied", &stream, nil)
+	_, err := d.Apply(ctx, "applied", tarOf(t, data), nil)
 	require.ErrorIs(t, err, layerfs.ErrQuota)
 	require.NoError(t, errors.Join(d.Remove(ctx, "applied"), d.Remove(ctx, "child"), d.Remove(ctx, "base")))
 	assert.Empty(t, layersOf(t, d))
+}
+
+// tarOf returns a layer of one file.
+func tarOf(tb testing.TB, data []byte) *bytes.Buffer {
+	tb.Helper()
+	stream := new(bytes.Buffer)
+	w := tar.NewWriter(stream)
+	require.NoError(tb, w.WriteHeader(&tar.Header{Name: "g", Mode: 0o644, Size: int64(len(data)), Typeflag: tar.TypeReg}))
+	_, err := w.Write(data)
+	require.NoError(tb, errors.Join(err, w.Close()))
+	return stream
+}
+
+// Apply tells the quota of a layer from a pool that is full.
+func TestApplyTooMuch(t *testing.T) {
+	requirePool(t)
+	const mib = 1 << 20
+	data := make([]byte, 64*mib)
+	rand.NewChaCha8([32]byte{}).Read(data)
+	for name, c := range map[string]struct {
+		pool, quota int64
+		full        bool
+	}{
+		"quota":                        {pool: 256 * mib, quota: 16 * mib},
+		"full pool":                    {pool: 32 * mib, full: true},
+		"full pool and a larger quota": {pool: 32 * mib, quota: 1024 * mib, full: true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			if c.full && !kernelMounts() {
+				t.Skip("zfs-fuse ends at a write of which the pool has room for a part")
+			}
+			d := mustOpen(t, smallRoot(t, c.pool), &Options{Quota: layerfs.Quota{Bytes: c.quota}})
+			ctx := t.Context()
+			require.NoError(t, d.Create(ctx, "a", "", nil))
+			_, err := d.Apply(ctx, "a", tarOf(t, data), nil)
+			if c.full {
+				require.ErrorIs(t, err, unix.ENOSPC)
+				require.NotErrorIs(t, err, layerfs.ErrQuota)
+			} else {
+				require.ErrorIs(t, err, layerfs.ErrQuota)
+				require.ErrorIs(t, err, unix.EDQUOT)
+			}
+			require.NoError(t, d.Remove(ctx, "a"))
+		})
+	}
 }
 
 func TestStatus(t *testing.T) {

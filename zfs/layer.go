@@ -525,8 +525,9 @@ func (m *mechanism) Apply(ctx context.Context, chain lifecycle.Chain, r io.Reade
 		return res, err
 	}
 	res, err = archive.Apply(ctx, view.Path, br, &archive.ApplyOptions{ApplyOptions: *opts, Form: archive.Merged})
-	// EDQUOT may come from RefQuota or from a quota of the parent dataset, too.
-	if errors.Is(err, syscall.EDQUOT) || rec.Quota.Bytes > 0 && errors.Is(err, syscall.ENOSPC) {
+	// A quota is EDQUOT, of the layer, of RefQuota or of a dataset above; ENOSPC is
+	// a full pool (dsl_dir_tempreserve_impl, module/zfs/dsl_dir.c).
+	if errors.Is(err, syscall.EDQUOT) {
 		err = fmt.Errorf("%w: %w", layerfs.ErrQuota, err)
 	}
 	return res, err
