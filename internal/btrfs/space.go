@@ -1,7 +1,9 @@
 package btrfs
 
 import (
+	"cmp"
 	"fmt"
+	"slices"
 	"strings"
 )
 
@@ -46,33 +48,51 @@ func (t ChunkType) Kind() string {
 }
 
 // Profile returns single, DUP or the RAID level.
-func (t ChunkType) Profile() string {
-	for _, p := range []struct {
-		bit  ChunkType
-		name string
-	}{
-		{chunkRAID0, "RAID0"}, {chunkRAID1, "RAID1"}, {chunkDUP, "DUP"}, {chunkRAID10, "RAID10"},
-		{chunkRAID5, "RAID5"}, {chunkRAID6, "RAID6"}, {chunkR1C3, "RAID1C3"}, {chunkR1C4, "RAID1C4"},
-	} {
-		if t&p.bit != 0 {
-			return p.name
-		}
-	}
-	return "single"
+func (t ChunkType) Profile() string { return t.profile().name }
+
+// profile is how chunks lie on devices.
+type profile struct {
+	bit        ChunkType
+	name       string
+	perDevice  int64 // stripes of a chunk on each device
+	least, all int   // devices a chunk takes: at least, and at most or 0 for any number
+	step       int   // that number is a multiple of it
+	copies     int64
+	parity     int64 // stripes
 }
 
-// copies returns how many bytes of devices a byte takes; parity RAID is
-// counted as one, so that its need is not overstated.
-func (t ChunkType) copies() int64 {
-	switch {
-	case t&(chunkRAID1|chunkDUP|chunkRAID10) != 0:
-		return 2
-	case t&chunkR1C3 != 0:
-		return 3
-	case t&chunkR1C4 != 0:
-		return 4
+// profile returns that of new chunks of a type. While a balance converts them
+// there are chunks of several: the kernel then takes the first of these.
+//
+// Source: btrfs_raid_array and btrfs_reduce_alloc_profile (fs/btrfs/volumes.c,
+// block-group.c, Linux 6.18). Before 5.15, RAID10 took four devices and RAID0 two.
+func (t ChunkType) profile() profile {
+	for _, p := range []profile{
+		{chunkR1C4, "RAID1C4", 1, 4, 4, 4, 4, 0},
+		{chunkRAID6, "RAID6", 1, 3, 0, 1, 1, 2},
+		{chunkR1C3, "RAID1C3", 1, 3, 3, 3, 3, 0},
+		{chunkRAID5, "RAID5", 1, 2, 0, 1, 1, 1},
+		{chunkRAID10, "RAID10", 1, 2, 0, 2, 2, 0},
+		{chunkRAID1, "RAID1", 1, 2, 2, 2, 2, 0},
+		{chunkDUP, "DUP", 2, 1, 1, 1, 2, 0},
+		{chunkRAID0, "RAID0", 1, 1, 0, 1, 1, 0},
+	} {
+		if t&p.bit != 0 {
+			return p
+		}
 	}
-	return 1
+	return profile{0, "single", 1, 1, 1, 1, 1, 0}
+}
+
+// largest returns how many bytes of content one chunk can have, at most, given
+// what is free on each device, the most first. The size of a stripe is what the
+// fullest of its devices has.
+func (p profile) largest(free []int64) (most int64) {
+	for n := p.least; n <= len(free) && (p.all == 0 || n <= p.all); n += p.step {
+		stripe := free[n-1] / p.perDevice
+		most = max(most, stripe*((int64(n)*p.perDevice-p.parity)/p.copies))
+	}
+	return most
 }
 
 // Space is the space of one type of chunks, in bytes of content: a mirrored
@@ -100,7 +120,7 @@ func (d Device) Unallocated() int64 { return max(0, d.Size-d.Allocated) }
 type Usage struct {
 	Spaces  []Space
 	Devices []Device
-	Balance string // path for the command in Warning
+	Balance string // path for the command of Exhaustion
 }
 
 // Unallocated returns the bytes of all devices that are in no chunk.
@@ -150,17 +170,22 @@ type Exhaustion struct {
 }
 
 // Exhaustion reports whether writes will soon fail with ENOSPC because no
-// further chunk can be allocated: chunks of a type are 80 % full, and what is
-// unallocated does not hold another. The second result is false if all is well.
+// further chunk can be allocated: chunks of a type are 80 % full, and there are
+// not as many devices with room for another as its profile takes. The second
+// result is false if all is well. What is unallocated on a device counts as one
+// piece; holes between chunks, into which a chunk fits only in part, are not known.
 //
 // df does not show this, as it counts the free bytes of data chunks even if it
 // is metadata that has run out. The remedy is to move the content of chunks
 // that are used little into others, if there are any.
 func (u *Usage) Exhaustion() (Exhaustion, bool) {
 	var size int64
-	for _, d := range u.Devices {
+	free := make([]int64, len(u.Devices))
+	for i, d := range u.Devices {
 		size += d.Size
+		free[i] = d.Unallocated()
 	}
+	slices.SortFunc(free, func(a, b int64) int { return cmp.Compare(b, a) })
 	for _, t := range []ChunkType{ChunkMetadata, ChunkData} {
 		s := u.of(t)
 		reserve := int64(0)
@@ -175,20 +200,18 @@ func (u *Usage) Exhaustion() (Exhaustion, bool) {
 		if s.Allocated == 0 || float64(s.Used+reserve) < nearlyFull*float64(s.Allocated) {
 			continue
 		}
-		// One chunk is at most 10 % of the file system.
-		chunk := int64(dataChunk)
-		if t == ChunkMetadata {
-			if chunk = metaChunk; size > largeFS {
-				chunk = metaChunkLarge
-			}
-		}
-		if u.Unallocated() >= min(chunk, size/10)*s.Type.copies() {
+		p := s.Type.profile()
+		if p.largest(free) >= chunkSize(t, size) {
 			continue
 		}
 		e := Exhaustion{Type: t, Free: max(0, s.Allocated-s.Used-reserve)}
 		name := strings.ToLower(t.Kind())
 		e.Text = fmt.Sprintf("%s chunks are nearly full (%d of %d bytes) and only %d bytes are unallocated",
 			name, s.Used+reserve, s.Allocated, u.Unallocated())
+		if len(u.Devices) > 1 {
+			e.Text = fmt.Sprintf("%s chunks are nearly full (%d of %d bytes), and another in %s, which takes %d or more devices, does not fit into the %d bytes that are unallocated on %d",
+				name, s.Used+reserve, s.Allocated, p.name, p.least, u.Unallocated(), len(u.Devices))
+		}
 		for _, o := range []struct {
 			t    ChunkType
 			flag string
@@ -197,8 +220,10 @@ func (u *Usage) Exhaustion() (Exhaustion, bool) {
 			if o.t == t || s.Type&o.t != 0 || other.Allocated == 0 {
 				continue
 			}
-			if used := float64(other.Used) / float64(other.Allocated); used < worthBalance {
-				e.Command = fmt.Sprintf("btrfs balance start %s=%d %s", o.flag, usageFilter(used), u.Balance)
+			// The content of less than a chunk is moved into a new chunk.
+			used := float64(other.Used) / float64(other.Allocated)
+			if used < worthBalance && other.Allocated-other.Used >= chunkSize(o.t, size) {
+				e.Command = fmt.Sprintf("btrfs balance start %s=%d %s", o.flag, usageFilter(used), shellWord(u.Balance))
 			}
 		}
 		if e.Command != "" {
@@ -211,6 +236,27 @@ func (u *Usage) Exhaustion() (Exhaustion, bool) {
 	return Exhaustion{}, false
 }
 
+// chunkSize returns how much a new chunk holds on a file system of a size: at
+// most 10 % of that.
+func chunkSize(t ChunkType, size int64) int64 {
+	chunk := int64(dataChunk)
+	if t == ChunkMetadata {
+		if chunk = metaChunk; size > largeFS {
+			chunk = metaChunkLarge
+		}
+	}
+	return min(chunk, size/10)
+}
+
 // usageFilter returns how full chunks may be to be moved. Half as much again
 // as the average takes most of them and leaves those that are worth little.
 func usageFilter(used float64) int { return min(90, max(10, int(used*150))) }
+
+// shellWord quotes what a POSIX shell would not take as one word.
+func shellWord(s string) string {
+	const plain = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789/._-+:@%,"
+	if s != "" && strings.Trim(s, plain) == "" {
+		return s
+	}
+	return "'" + strings.ReplaceAll(s, "'", `'\''`) + "'"
+}
