@@ -40,7 +40,7 @@
 //
 // # Changes
 //
-// Where zfs diff works it names what may have changed, and only that is
+// On Linux, where zfs diff works, it names what may have changed, and only that is
 // compared in both trees; the result is that of a walk through both.
 //
 // zfs diff knows a file by at most one name, and by none if the name that was

@@ -3,6 +3,7 @@
 package zfs
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -274,7 +275,7 @@ func (m *mechanism) describe() {
 			f.Reasons[name] = why
 		}
 	}
-	diff := m.facts.Diff
+	diff := cmp.Or(withoutDiff(), m.facts.Diff)
 	if m.opts.WalkChanges {
 		diff = "Options.WalkChanges is set"
 	}

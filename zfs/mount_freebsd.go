@@ -245,10 +245,14 @@ func filesIn(path string) (int64, error) {
 // syncMount does nothing: what is written is in a transaction group at once.
 func syncMount(string) error { return nil }
 
-// NativeChanges leaves the comparison to the walk: the one that zfs diff needs
-// reads xattrs in Linux's form.
+// withoutDiff says why Changes does not use zfs diff here even where it works.
+func withoutDiff() string {
+	return "the comparison that zfs diff needs reads xattrs in Linux's form, and this is FreeBSD"
+}
+
+// NativeChanges leaves the comparison to the walk.
 func (m *mechanism) NativeChanges(context.Context, lifecycle.Chain, int) iter.Seq2[layerfs.Change, error] {
 	return func(yield func(layerfs.Change, error) bool) {
-		yield(layerfs.Change{}, fmt.Errorf("%w: not on FreeBSD", lifecycle.ErrDecline))
+		yield(layerfs.Change{}, fmt.Errorf("%w: %s", lifecycle.ErrDecline, withoutDiff()))
 	}
 }

@@ -85,7 +85,9 @@ func probe(ctx context.Context, m *mechanism) (f facts, err error) {
 	}
 	f.Objects-- // the root is a file of the layer
 	f.Xattrs, f.Devices, f.IDMap = probeMount(view)
-	f.Diff = reason(m.probeDiff(ctx, id, view))
+	if f.Diff = withoutDiff(); f.Diff == "" {
+		f.Diff = reason(m.probeDiff(ctx, id, view))
+	}
 	return f, nil
 }
 
