@@ -5,9 +5,11 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 
 	"github.com/layerfs/layerfs"
 )
@@ -26,6 +28,7 @@ func recoveryCases() []testCase {
 		{name: "Incomplete", needs: needHome, run: testIncomplete},
 		{name: "UnreadableRecord", needs: needHome, run: testUnreadableRecord},
 		{name: "LaterFormat", needs: needHome, run: testLaterFormat},
+		{name: "LostState", needs: needHome, run: testLostState},
 		{name: "CheckClean", run: testCheckClean},
 	}
 }
@@ -355,11 +358,45 @@ func testUnreadableRecord(e *env) error {
 	if err := errors.Join(e.holds(d, "x", "h=3"), e.holds(d, "a", "f=1")); err != nil {
 		return err
 	}
+	// It may have been a child, and is what to look at.
+	if err := d.Remove(e.ctx, "a"); !errors.Is(err, layerfs.ErrInUse) || !strings.Contains(err.Error(), " b ") {
+		return fmt.Errorf("Remove of the parent of a bad record: %v; want ErrInUse that names b", err)
+	}
 	if err := d.Remove(e.ctx, "b"); err != nil {
 		// The record is put away so that the case can end.
 		return errors.Join(fmt.Errorf("a layer with a bad record cannot be removed: %w", err), os.Remove(e.state("records", "b")))
 	}
 	return errors.Join(e.create("b", "a"), e.holds(d, "b", "f=1"))
+}
+
+// testLostState: layers without their records are not taken for what a crash
+// left, which is deleted; as little are those of another program.
+func testLostState(e *env) error {
+	if err := errors.Join(e.create("a", "", "file f 1"), e.create("b", "a", "file g 2")); err != nil {
+		return err
+	}
+	aside := filepath.Join(e.h.Home(e.root), ".aside")
+	refused := func(path string) (err error) {
+		if err := os.Rename(path, aside); err != nil {
+			return err
+		}
+		defer func() { err = errors.Join(err, os.Rename(aside, path)) }()
+		if _, err := e.open(e.root); err == nil {
+			return fmt.Errorf("a root without %s can be opened", path)
+		}
+		if _, err := os.Lstat(path); !errors.Is(err, fs.ErrNotExist) {
+			return fmt.Errorf("%s was made: %v", path, err)
+		}
+		return nil
+	}
+	if err := errors.Join(refused(e.state()), refused(e.state("records"))); err != nil {
+		return err
+	}
+	d, err := e.open(e.root)
+	if err != nil {
+		return err
+	}
+	return errors.Join(e.holds(d, "b", "f=1", "g=2"), testCheckClean(e))
 }
 
 func testLaterFormat(e *env) error {

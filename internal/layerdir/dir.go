@@ -3,6 +3,7 @@ package layerdir
 import (
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -55,11 +56,15 @@ const (
 )
 
 // Open opens the state directory in home, which must exist, and makes it if it
-// is new. The error matches errors.ErrUnsupported if a later version made it.
+// is new. The error matches errors.ErrUnsupported if a later version made it, and
+// fs.ErrExist if home has something but no state: see [guard].
 func Open(home string, policy layerfs.Durability) (_ *Dir, err error) {
 	d := &Dir{
 		dir: filepath.Join(home, ".layerfs"), sync: policy != layerfs.DurabilityNone,
 		boot: BootID(), pid: strconv.Itoa(os.Getpid()),
+	}
+	if err := guard(home); err != nil {
+		return nil, err
 	}
 	var open []folder
 	shut := func() (err error) {
@@ -100,6 +105,75 @@ func Open(home string, policy layerfs.Durability) (_ *Dir, err error) {
 		return nil, err
 	}
 	return d, nil
+}
+
+// guard keeps the layers of others, and ours if their records are lost: what has
+// no record is deleted when a driver opens its home. So a home that is new may
+// only have empty directories, and files that begin with a dot, which are probes.
+// One that is not new has a directory of records.
+func guard(home string) error {
+	state := filepath.Join(home, ".layerfs")
+	is := func(path string) (bool, error) {
+		_, err := os.Lstat(path)
+		if errors.Is(err, fs.ErrNotExist) {
+			return false, nil
+		}
+		return err == nil, err
+	}
+	made, err := is(filepath.Join(state, "format"))
+	if err != nil {
+		return err
+	}
+	if made {
+		there, err := is(filepath.Join(state, "records"))
+		if err == nil && !there {
+			err = &fs.PathError{Op: "open layers", Path: filepath.Join(state, "records"), Err: errors.New("the records of the layers are missing")}
+		}
+		return err
+	}
+	found, err := stranger(home)
+	if found == "" || err != nil {
+		return err
+	}
+	// What is there may be of a process that has made the state since.
+	if made, err := is(filepath.Join(state, "format")); made || err != nil {
+		return err
+	}
+	return &fs.PathError{Op: "open layers", Path: filepath.Join(home, found),
+		Err: fmt.Errorf("it is not of this library, or %s was lost: %w", state, fs.ErrExist)}
+}
+
+// stranger returns the name of something in a directory that guard does not let
+// pass.
+func stranger(home string) (string, error) {
+	entries, err := os.ReadDir(home)
+	if err != nil {
+		return "", err
+	}
+	for _, e := range entries {
+		if strings.HasPrefix(e.Name(), ".") {
+			continue
+		}
+		if !e.IsDir() {
+			return e.Name(), nil
+		}
+		f, err := os.Open(filepath.Join(home, e.Name()))
+		if errors.Is(err, fs.ErrNotExist) {
+			continue
+		}
+		if err != nil {
+			return "", err
+		}
+		_, err = f.Readdirnames(1)
+		f.Close()
+		if err == nil {
+			return e.Name(), nil
+		}
+		if err != io.EOF {
+			return "", err
+		}
+	}
+	return "", nil
 }
 
 // Ordered reports whether the file system makes what happened to it durable in

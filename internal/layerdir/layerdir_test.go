@@ -4,8 +4,10 @@ import (
 	"bytes"
 	"context"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -203,6 +205,57 @@ func TestOwnRecord(t *testing.T) {
 		rec, err := d.Load("x")
 		return assert.NoError(t, err) && rec.Parent == "b"
 	}, 20*time.Second, 10*time.Millisecond)
+}
+
+// TestGuard: nothing is opened, and nothing made, where layers are that have no
+// records here.
+func TestGuard(t *testing.T) {
+	for _, tc := range []struct {
+		name   string
+		make   []string // files, or directories with a slash at the end
+		refuse string   // what the error names; "" if it is opened
+	}{
+		{"empty", nil, ""},
+		{"empty directories", []string{"diff/", "mnt/"}, ""},
+		{"probe", []string{".probe-1/f", ".view"}, ""},
+		{"crash before the format", []string{".layerfs/records/", ".layerfs/zfs.json", "subvolumes/"}, ""},
+		{"btrfs of Docker", []string{"subvolumes/0a1b/etc/passwd"}, "subvolumes"},
+		{"its empty layer", []string{"subvolumes/0a1b/"}, "subvolumes"},
+		{"overlay of Podman", []string{"0a1b/diff/etc/passwd", "l/ABC"}, "0a1b"},
+		{"aufs of Docker", []string{"diff/0a1b/", "layers/0a1b", "mnt/"}, "diff"},
+		{"device mapper of Docker", []string{"devicemapper/data"}, "devicemapper"},
+		{"a file", []string{"f"}, "f"},
+		{"lost records", []string{".layerfs/format", "dir/x/f"}, ".layerfs/records"},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			home := t.TempDir()
+			for _, name := range tc.make {
+				path := filepath.Join(home, name)
+				require.NoError(t, os.MkdirAll(filepath.Dir(path), 0o700))
+				if strings.HasSuffix(name, "/") {
+					require.NoError(t, os.MkdirAll(path, 0o700))
+				} else {
+					require.NoError(t, os.WriteFile(path, []byte(format), 0o600))
+				}
+			}
+			list := func() (names []string) {
+				require.NoError(t, filepath.WalkDir(home, func(path string, _ fs.DirEntry, err error) error {
+					names = append(names, path)
+					return err
+				}))
+				return names
+			}
+			before := list()
+			d, err := Open(home, layerfs.DurabilityNone)
+			if tc.refuse == "" {
+				require.NoError(t, err)
+				require.NoError(t, d.Close())
+				return
+			}
+			require.ErrorContains(t, err, filepath.Join(home, tc.refuse))
+			require.Equal(t, before, list())
+		})
+	}
 }
 
 func TestAdd(t *testing.T) {

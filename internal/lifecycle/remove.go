@@ -112,7 +112,7 @@ func (d *Driver) childless(id string) (ever bool, err error) {
 		return ever, err
 	}
 	if len(children) == 0 {
-		return ever, fmt.Errorf("a child is being made or removed: %w", layerfs.ErrInUse)
+		return ever, d.unnamedChild(id)
 	}
 	const named = 3 // enough to act on, short enough to read
 	text := strings.Join(children[:min(len(children), named)], ", ")
@@ -120,4 +120,18 @@ func (d *Driver) childless(id string) (ever bool, err error) {
 		text += fmt.Sprintf(" and %d more", len(children)-named)
 	}
 	return ever, fmt.Errorf("parent of %s: %w", text, layerfs.ErrInUse)
+}
+
+// unnamedChild tells why a layer has a child though no record names it as parent.
+func (d *Driver) unnamedChild(id string) error {
+	noted, err := d.dir.Noted(id)
+	if err != nil {
+		return err
+	}
+	for _, child := range noted {
+		if _, err := d.dir.Load(child); err != nil && !errors.Is(err, layerfs.ErrNotExist) {
+			return fmt.Errorf("%s may be a child (%w): %w", child, err, layerfs.ErrInUse)
+		}
+	}
+	return fmt.Errorf("a child is being made or removed: %w", layerfs.ErrInUse)
 }
