@@ -16,6 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/layerfs/layerfs/internal/fusesrv"
+	"github.com/layerfs/layerfs/internal/sys"
 )
 
 // Arg is the argument that makes a program a helper.
@@ -134,7 +135,7 @@ const ExitNext = 10
 func start(dir string) error {
 	// What the program had open, and somebody may wait for the end of, ends
 	// with this process.
-	if err := strangers(3, unix.CloseOnExec); err != nil {
+	if err := sys.Strangers(3, unix.CloseOnExec); err != nil {
 		return err
 	}
 	r, w, err := os.Pipe()
@@ -149,7 +150,7 @@ func start(dir string) error {
 	}
 	defer logFile.Close()
 	cmd := &exec.Cmd{
-		Path: self, Args: []string{os.Args[0], Arg, roleKeep, dir}, Dir: "/", Env: environment(os.Environ()),
+		Path: self, Args: []string{os.Args[0], Arg, roleKeep, dir}, Dir: "/", Env: sys.Environment(os.Environ(), helperEnv),
 		Stdout: w, Stderr: logFile, SysProcAttr: &syscall.SysProcAttr{Setsid: true},
 	}
 	err = cmd.Start()
@@ -162,41 +163,6 @@ func start(dir string) error {
 		err = fmt.Errorf("the keeper did not start: %s", told)
 	}
 	return err
-}
-
-// environment is what of an environment keeper and worker get: what Go's runtime
-// takes from there, and what a command that starts others may need. The rest is
-// the program's own, and may be secret.
-func environment(all []string) (env []string) {
-	for _, e := range all {
-		name, _, _ := strings.Cut(e, "=")
-		switch name {
-		case helperEnv, "PATH", "TMPDIR", "TZ", "XDG_RUNTIME_DIR", "DBUS_SESSION_BUS_ADDRESS",
-			"GODEBUG", "GOGC", "GOMEMLIMIT", "GOMAXPROCS", "GOTRACEBACK", "GORACE", "GOCOVERDIR":
-			env = append(env, e)
-		}
-	}
-	return env
-}
-
-// strangers calls f with each descriptor from one number up that this process
-// was started with. Those it made since are closed on exec.
-func strangers(from int, f func(int)) error {
-	entries, err := os.ReadDir("/proc/self/fd")
-	if err != nil {
-		return err
-	}
-	for _, e := range entries {
-		fd, err := strconv.Atoi(e.Name())
-		if err != nil || fd < from {
-			continue
-		}
-		flags, err := unix.FcntlInt(uintptr(fd), unix.F_GETFD, 0)
-		if err == nil && flags&unix.FD_CLOEXEC == 0 {
-			f(fd)
-		}
-	}
-	return nil
 }
 
 const ready = "ready"
@@ -283,7 +249,7 @@ const goodPath = "/proc/self/fd/6"
 // on, has started it and gives it all there is; the lock and the socket are the
 // same as ever, so nobody else notices.
 func adopt(dir string) error {
-	if err := inherited(workerProcess, workerControl, workerSocket); err != nil {
+	if err := sys.Inherited(workerProcess, workerControl, workerSocket); err != nil {
 		return err
 	}
 	conn, err := NewConn(os.NewFile(workerControl, "worker"))

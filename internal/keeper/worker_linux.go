@@ -12,6 +12,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/layerfs/layerfs/internal/sys"
 )
 
 // A Worker is what a worker process has of its keeper. Its methods are safe for
@@ -129,7 +131,8 @@ type Item struct {
 }
 
 func runWorker(dir string, work func(*Worker) error) error {
-	if err := inherited(workerLock, workerControl, workerSocket); err != nil {
+	// What else there is comes from whatever ran between keeper and worker.
+	if err := sys.Inherited(workerLock, workerControl, workerSocket); err != nil {
 		return err
 	}
 	control, err := NewConn(os.NewFile(workerControl, "control"))
@@ -163,22 +166,6 @@ func newWorker(dir string, socket, lock *os.File, l *link) *Worker {
 		waiting: map[uint64]chan struct{}{}, changed: make(chan struct{}), ready: make(chan struct{}), closed: make(chan struct{}),
 		resendAfter: resendAfter, silence: silence,
 	}
-}
-
-// inherited prepares the descriptors a process was given, up to the number
-// last, of which some must not block.
-func inherited(last int, nonblock ...int) error {
-	// Whoever passes a descriptor on may make it block.
-	for _, fd := range nonblock {
-		if err := unix.SetNonblock(fd, true); err != nil {
-			return os.NewSyscallError("fcntl", err)
-		}
-	}
-	for fd := 3; fd <= last; fd++ {
-		unix.CloseOnExec(fd)
-	}
-	// What else there is comes from whatever ran between keeper and worker.
-	return strangers(last+1, func(fd int) { unix.Close(fd) })
 }
 
 // killer returns what kills the parent of this process, and nobody who gets

@@ -15,6 +15,7 @@ import (
 
 	"github.com/layerfs/layerfs/internal/fusesrv"
 	"github.com/layerfs/layerfs/internal/overlaymount/ask"
+	"github.com/layerfs/layerfs/internal/sys"
 	"github.com/layerfs/layerfs/internal/unionfs"
 )
 
@@ -56,18 +57,22 @@ func start(args []string) error {
 	if len(args) != 3 {
 		return errors.New("the argument is the target")
 	}
+	// What the caller had open, and somebody may wait for the end of, ends with
+	// this process.
+	if err := sys.Strangers(3, unix.CloseOnExec); err != nil {
+		return err
+	}
 	var files []*os.File
 	for _, fd := range []int{ask.ConnFD, ask.DeviceFD} {
 		f := os.NewFile(uintptr(fd), "inherited")
 		if f == nil {
 			return os.ErrInvalid
 		}
-		unix.CloseOnExec(fd)
 		files = append(files, f)
 	}
 	cmd := &exec.Cmd{
 		Path: ask.Self, Args: []string{os.Args[0], ask.Serve, args[2]}, Dir: "/",
-		ExtraFiles: files, SysProcAttr: &syscall.SysProcAttr{Setsid: true},
+		Env: sys.Environment(os.Environ(), ask.StartedEnv), ExtraFiles: files, SysProcAttr: &syscall.SysProcAttr{Setsid: true},
 	}
 	if err := cmd.Start(); err != nil {
 		return err
@@ -82,12 +87,9 @@ func serve() error {
 	if conn == nil {
 		return os.ErrInvalid
 	}
-	for _, fd := range []int{ask.ConnFD, ask.DeviceFD} {
-		unix.CloseOnExec(fd)
-	}
-	// For the server's poller; the caller's end may block.
-	if err := unix.SetNonblock(ask.DeviceFD, true); err != nil {
-		return os.NewSyscallError("fcntl", err)
+	// The device must not block, for the server's poller; the caller's end may.
+	if err := sys.Inherited(ask.DeviceFD, ask.DeviceFD); err != nil {
+		return err
 	}
 	in, out := json.NewDecoder(conn), json.NewEncoder(conn)
 	var req ask.Request

@@ -3,6 +3,8 @@ package overlaymount
 import (
 	"context"
 	"errors"
+	"fmt"
+	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -83,6 +85,35 @@ func TestMount(t *testing.T) {
 			require.FileExists(t, p.Upper+"/g")
 		})
 	}
+}
+
+// TestServerKeeps checks that a server has nothing of its caller's that it does
+// not need: it lives as long as the mount.
+func TestServerKeeps(t *testing.T) {
+	testenv.RequireFUSE(t, "overlay-union")
+	t.Setenv("LAYERFS_TEST_SECRET", "secret")
+	r, w, err := os.Pipe()
+	require.NoError(t, err)
+	defer r.Close()
+	// The caller does not know of it, and lets its children have it.
+	stray, err := unix.FcntlInt(w.Fd(), unix.F_DUPFD, 20)
+	require.NoError(t, err)
+	require.NoError(t, w.Close())
+	p := newPlan(t)
+	err = ask.Mount(t.Context(), ask.Self, p)
+	unix.Close(stray)
+	require.NoError(t, err)
+	defer func() {
+		require.NoError(t, mount.Unmount(p.Target))
+		ends(t, p.Target)
+	}()
+	require.NoError(t, r.SetReadDeadline(time.Now().Add(10*time.Second)))
+	_, err = r.Read(make([]byte, 1))
+	require.ErrorIs(t, err, io.EOF, "somebody has the other end of the pipe")
+	env, err := os.ReadFile(fmt.Sprintf("/proc/%d/environ", serverOf(t, p.Target)))
+	require.NoError(t, err)
+	require.NotContains(t, string(env), "secret")
+	require.Contains(t, string(env), ask.StartedEnv)
 }
 
 // TestMountFails leaves neither a mount nor a server.

@@ -78,15 +78,15 @@ type Call struct {
 	Data           string
 }
 
-// startedEnv is set for the program. One that does not know what to do would
+// StartedEnv is set for the program. One that does not know what to do would
 // ask itself again, and again.
-const startedEnv = "LAYERFS_MOUNT_PROGRAM"
+const StartedEnv = "LAYERFS_MOUNT_PROGRAM"
 
 // Mount mounts a plan, and returns when a server of the program serves it. A
 // Mount that failed leaves nothing mounted. The error matches EBUSY if the upper
 // directory stays in use. ctx bounds it.
 func Mount(ctx context.Context, program string, p *Plan) (err error) {
-	if os.Getenv(startedEnv) != "" {
+	if os.Getenv(StartedEnv) != "" {
 		return errors.New("this process was started as a mount program, but does not call Main first in its main function")
 	}
 	if err := p.absolute(); err != nil {
@@ -163,7 +163,7 @@ func start(ctx context.Context, program, target string, dev *os.File) (*os.File,
 	conn := os.NewFile(uintptr(p[0]), "caller")
 	cmd := exec.CommandContext(ctx, program, Start, target)
 	cmd.Dir = "/"
-	cmd.Env = append(os.Environ(), startedEnv+"=1", "LC_ALL=C")
+	cmd.Env = append(os.Environ(), StartedEnv+"=1", "LC_ALL=C")
 	cmd.ExtraFiles = []*os.File{theirs, dev}
 	var stderr bytes.Buffer
 	cmd.Stderr = &stderr
