@@ -142,15 +142,21 @@ func (m *mechanism) mountByDaemon(ctx context.Context, id string) error {
 // mounts, where file systems are whose files are still open.
 const asidePrefix = "aside"
 
-// hideFromDaemon unmounts what is mounted at path. If files of it are open it is
-// moved out of sight instead, which works if the mount around it is not shared
-// (mount(2), EINVAL); else the error matches layerfs.ErrInUse.
+// hideFromDaemon unmounts what is mounted at path, and what was moved aside of the
+// same layer and is not busy any more. If files of it are open it is moved out of
+// sight instead, which works if the mount around it is not shared (mount(2),
+// EINVAL); else the error matches layerfs.ErrInUse.
 func (m *mechanism) hideFromDaemon(path string) error {
 	turn, err := daemonTurn(context.Background()) // nobody cancels an unmount
 	if err != nil {
 		return err
 	}
 	defer turn.Close()
+	// First, while there is another mount of the file system: its end is what
+	// costs time.
+	if err := m.clearAsidesInTurn(m.layerAt(path)); err != nil {
+		return err
+	}
 	shown, err := mountsLike(path)
 	if err != nil || len(shown) == 0 {
 		return err
@@ -159,22 +165,7 @@ func (m *mechanism) hideFromDaemon(path string) error {
 	if errors.Is(err, unix.EBUSY) {
 		return m.putAside(path, err)
 	}
-	if err != nil {
-		return err
-	}
-	views, err := filepath.EvalSymlinks(m.state("views"))
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil // New tries what works here
-	}
-	if err != nil {
-		return err
-	}
-	for _, other := range shown {
-		if _, ok := asideIn(views, other.Mountpoint); ok {
-			return m.clearAside(other.Mountpoint)
-		}
-	}
-	return nil
+	return err
 }
 
 // asideIn returns the layer whose file system was moved aside to a path, if it is
@@ -228,11 +219,7 @@ func (m *mechanism) clearAsides(id string) error {
 	if m.facts.Kernel {
 		return nil
 	}
-	paths, err := filepath.Glob(globQuote(m.state("views")) + "/*/" + asidePrefix + "*")
-	paths = slices.DeleteFunc(paths, func(path string) bool {
-		of, ok := asideIn(m.state("views"), path)
-		return !ok || of != id
-	})
+	paths, err := m.asides(id)
 	if err != nil || len(paths) == 0 {
 		return err
 	}
@@ -241,12 +228,30 @@ func (m *mechanism) clearAsides(id string) error {
 		return err
 	}
 	defer turn.Close()
+	return m.clearAsidesInTurn(id)
+}
+
+// clearAsidesInTurn is clearAsides for a caller that has the turn.
+func (m *mechanism) clearAsidesInTurn(id string) error {
+	paths, err := m.asides(id)
+	if err != nil {
+		return err
+	}
 	for _, path := range paths {
 		if err := m.clearAside(path); err != nil {
 			return err
 		}
 	}
 	return nil
+}
+
+// asides lists where file systems of a layer were moved aside, by whatever driver.
+func (m *mechanism) asides(id string) ([]string, error) {
+	paths, err := filepath.Glob(globQuote(m.state("views")) + "/*/" + asidePrefix + "*")
+	return slices.DeleteFunc(paths, func(path string) bool {
+		of, ok := asideIn(m.state("views"), path)
+		return !ok || of != id
+	}), err
 }
 
 // mountsLike returns all mounts of the file system that is mounted at path, that

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"testing"
 
 	"github.com/stretchr/testify/assert"
@@ -66,11 +67,7 @@ func TestAsideOfOthers(t *testing.T) {
 	f, err := os.Create(filepath.Join(path, "f"))
 	require.NoError(t, err)
 	require.NoError(t, d.Put(ctx, "a.b"))
-	aside := func() []string {
-		list, err := filepath.Glob(globQuote(d.m.state("views")) + "/*/" + asidePrefix + "*")
-		require.NoError(t, err)
-		return list
-	}
+	aside := func() []string { return asidesOf(t, d, "a.b") }
 	require.Len(t, aside(), 1)
 	_, err = f.WriteString("kept")
 	require.NoError(t, errors.Join(err, f.Close()))
@@ -97,4 +94,79 @@ func TestAsideOfOthers(t *testing.T) {
 	require.Equal(t, "x", read(t, d, "aside1.b", "f"))
 	require.NoError(t, errors.Join(d.Remove(ctx, "a.b"), d.Remove(ctx, "aside1.b")))
 	require.Empty(t, aside(), fmt.Sprint(layersOf(t, d)))
+}
+
+func asidesOf(tb testing.TB, d *Driver, id string) []string {
+	tb.Helper()
+	list, err := d.m.asides(id)
+	require.NoError(tb, err)
+	return list
+}
+
+// Of a layer that was moved aside more than once, each Put ends all that have no
+// open file any more, in whatever order they were closed.
+func TestAsides(t *testing.T) {
+	requirePool(t)
+	if kernelMounts() {
+		t.Skip("the kernel's file system is detached")
+	}
+	for name, c := range map[string]struct {
+		closed []int // of the files that were left open at three Puts
+		open   bool  // a fourth one is open at the Put
+		left   int
+	}{
+		"none":                    {left: 3},
+		"the first":               {closed: []int{0}, left: 2},
+		"the last":                {closed: []int{2}, left: 2},
+		"one in between":          {closed: []int{1}, left: 2},
+		"all":                     {closed: []int{0, 1, 2}, left: 0},
+		"all, and another opened": {closed: []int{0, 1, 2}, open: true, left: 1},
+	} {
+		t.Run(name, func(t *testing.T) {
+			d := mustOpen(t, newRootDir(t), &Options{})
+			ctx := t.Context()
+			require.NoError(t, d.Create(ctx, "a", "", nil))
+			var files []*os.File
+			opened := func() {
+				path, err := d.Get(ctx, "a", nil)
+				require.NoError(t, err)
+				f, err := os.Create(filepath.Join(path, fmt.Sprint(len(files))))
+				require.NoError(t, err)
+				files = append(files, f)
+			}
+			for i := range 3 {
+				opened()
+				require.NoError(t, d.Put(ctx, "a"))
+				require.Len(t, asidesOf(t, d, "a"), i+1)
+			}
+			for _, i := range c.closed {
+				require.NoError(t, files[i].Close())
+			}
+			if c.open {
+				opened()
+			} else {
+				_, err := d.Get(ctx, "a", nil)
+				require.NoError(t, err)
+			}
+			require.NoError(t, d.Put(ctx, "a"))
+			require.Len(t, asidesOf(t, d, "a"), c.left)
+			for i, f := range files {
+				_, err := f.WriteString("kept")
+				if slices.Contains(c.closed, i) {
+					require.ErrorIs(t, err, os.ErrClosed)
+					continue
+				}
+				require.NoError(t, errors.Join(err, f.Close()))
+			}
+			for i := range files {
+				want := "kept"
+				if slices.Contains(c.closed, i) {
+					want = ""
+				}
+				require.Equal(t, want, read(t, d, "a", fmt.Sprint(i)))
+			}
+			require.Empty(t, asidesOf(t, d, "a"))
+			require.NoError(t, d.Remove(ctx, "a"))
+		})
+	}
 }
