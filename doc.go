@@ -26,6 +26,13 @@
 // [Driver.Get] gives a read-only tree and [Driver.Apply] fails with
 // [ErrReadOnly].
 //
+// # Roots
+//
+// A driver keeps its layers and its records in a directory of its own name in
+// the root. One that has something and no records, as it is another program's or
+// was not restored whole from a backup, is not opened; the error matches
+// [io/fs.ErrExist], or [io/fs.ErrNotExist] if a part of the state is missing.
+//
 // # Several processes
 //
 // Any number of drivers, in any number of processes of one mount namespace,

@@ -127,7 +127,7 @@ func guard(home string) error {
 	if made {
 		there, err := is(filepath.Join(state, "records"))
 		if err == nil && !there {
-			err = &fs.PathError{Op: "open layers", Path: filepath.Join(state, "records"), Err: errors.New("the records of the layers are missing")}
+			err = &fs.PathError{Op: "open layers", Path: filepath.Join(state, "records"), Err: fmt.Errorf("the records of the layers are missing: %w", fs.ErrNotExist)}
 		}
 		return err
 	}
