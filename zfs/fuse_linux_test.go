@@ -510,17 +510,3 @@ func TestOpenFileOnSharedMount(t *testing.T) {
 	require.Equal(t, "kept", read(t, d, "a", "f"))
 	require.NoError(t, errors.Join(d.Remove(ctx, "a"), d.Close()))
 }
-
-// Nothing is mounted but what Get or a walk asked for.
-func TestCreateMountsNothing(t *testing.T) {
-	root := newRootDir(t)
-	d := mustOpen(t, root, &Options{})
-	ctx := t.Context()
-	require.NoError(t, errors.Join(d.Create(ctx, "a", "", nil), d.Create(ctx, "b", "a", nil), d.Clone(ctx, "c", "b", nil)))
-	list, err := mountinfo.GetMounts(func(i *mountinfo.Info) (skip, stop bool) {
-		return !strings.HasPrefix(i.Source, d.m.parent+"/"), false
-	})
-	require.NoError(t, err)
-	require.Empty(t, list)
-	require.NoError(t, errors.Join(d.Remove(ctx, "c"), d.Remove(ctx, "b"), d.Remove(ctx, "a")))
-}

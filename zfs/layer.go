@@ -104,8 +104,10 @@ func (m *mechanism) build(ctx context.Context, rec *lifecycle.Record, dataset fu
 	if rec.Quota.Inodes != 0 {
 		return inodeQuota()
 	}
-	if rec.MountLabel != "" && !m.facts.Kernel {
-		return &layerfs.UnsupportedError{Feature: "a mount label", Reason: "the file system is served by a daemon"}
+	if rec.MountLabel != "" {
+		if err := m.labels(); err != nil {
+			return err
+		}
 	}
 	ds := m.dataset(rec.ID)
 	if len(ds) > maxName {

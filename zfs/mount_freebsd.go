@@ -77,10 +77,15 @@ func (m *mechanism) Mount(ctx context.Context, chain lifecycle.Chain, mode lifec
 	return m.show(ctx, chain.Layer(), m.Path(chain.Layer().ID), mode)
 }
 
+// labels returns why a layer cannot have a mount label.
+func (m *mechanism) labels() error {
+	return &layerfs.UnsupportedError{Feature: "a mount label", Reason: "it is SELinux's, and this is FreeBSD"}
+}
+
 // show mounts a layer, whose lock is held, at target.
 func (m *mechanism) show(ctx context.Context, rec *lifecycle.Record, target string, mode lifecycle.Mode) error {
 	if rec.MountLabel != "" {
-		return &layerfs.UnsupportedError{Feature: "a mount label", Reason: "it is SELinux's, and this is FreeBSD"}
+		return m.labels()
 	}
 	if mode.IDMap != nil {
 		return &layerfs.UnsupportedError{Feature: "mapping of owners", Reason: "FreeBSD has no mapped mounts"}

@@ -22,17 +22,36 @@ import (
 
 // kernelMounts reports whether the kernel has the file system. With zfs-fuse
 // the daemon mounts.
-func kernelMounts() bool {
+func kernelMounts() bool { return kernelHas("zfs") }
+
+// kernelHas reports whether the kernel has a file system.
+func kernelHas(name string) bool {
 	b, err := os.ReadFile("/proc/filesystems")
 	if err != nil {
 		return false
 	}
 	for line := range strings.Lines(string(b)) {
-		if _, fstype, ok := strings.Cut(strings.TrimSuffix(line, "\n"), "\t"); ok && fstype == "zfs" {
+		if _, fstype, ok := strings.Cut(strings.TrimSuffix(line, "\n"), "\t"); ok && fstype == name {
 			return true
 		}
 	}
 	return false
+}
+
+// labels returns why a layer cannot have a mount label, which nothing else would
+// tell: ZFS takes the option and does nothing if SELinux has not taken it before
+// (zfsvfs_parse_option, module/os/linux/zfs/zfs_vfsops.c).
+func (m *mechanism) labels() error {
+	why := ""
+	switch {
+	case !m.facts.Kernel:
+		why = "the file system is served by a daemon"
+	case !kernelHas("selinuxfs"): // it is there if SELinux was on at boot (init_sel_fs)
+		why = "SELinux is off, and ZFS would ignore it"
+	default:
+		return nil
+	}
+	return &layerfs.UnsupportedError{Feature: "a mount label", Reason: why}
 }
 
 // fullProperties are the properties with which a layer keeps everything: ACLs,
@@ -192,13 +211,17 @@ func (m *mechanism) mountDataset(ctx context.Context, rec *lifecycle.Record, tar
 	if err := m.answers(); err != nil {
 		return err
 	}
-	var opts []string
-	if rec.MountLabel != "" {
-		opts = append(opts, `context="`+rec.MountLabel+`"`)
-	}
 	return m.patiently(ctx, func() error {
-		return mount.Mount("zfs", m.dataset(rec.ID), target, 0, opts)
+		return mount.Mount("zfs", m.dataset(rec.ID), target, 0, mountOptions(rec))
 	})
+}
+
+// mountOptions are those of a layer's dataset.
+func mountOptions(rec *lifecycle.Record) []string {
+	if rec.MountLabel == "" {
+		return nil
+	}
+	return []string{`context="` + rec.MountLabel + `"`} // it may hold commas
 }
 
 // mountedAt returns the places of this package where a dataset is mounted,
