@@ -58,10 +58,11 @@
 //
 // # Failures
 //
-// A pool that is suspended answers no call: each fails with [ErrSuspended] after
-// some seconds, and the process that waits in the kernel is left behind. What it
-// does when the pool lives again is undone by the next New, or by the next
-// Create of the same layer.
+// A pool that is suspended answers no call: each fails with [ErrSuspended], at once
+// where the kernel tells that it is (Linux), else after some seconds, and a process
+// that waits in the kernel is left behind. What it does when the pool lives again is
+// undone by the next New, or by the next Create of the same layer. Status tells the
+// health all the same, and what Remove has committed stays.
 //
 // # zfs-fuse
 //

@@ -12,6 +12,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"time"
@@ -70,7 +71,8 @@ const name = "zfs"
 //
 // The error matches [errors.ErrUnsupported] if there is no zfs program, no
 // module or daemon, or no dataset at ROOT; nothing but an empty directory is
-// left then. Mounting needs root.
+// left then. It matches [ErrSuspended] if the pool does not answer. Mounting
+// needs root.
 func New(root string, opts *Options) (*Driver, error) {
 	return open(root, opts, probe)
 }
@@ -184,6 +186,9 @@ func (m *mechanism) configure(ctx context.Context) (config, error) {
 		return conf, err
 	}
 	m.parent, m.root, m.tool.pool = conf.Dataset, conf.Root, poolOf(conf.Dataset)
+	if err := m.answers(); err != nil {
+		return conf, err
+	}
 	if !made {
 		return conf, nil // the list of layers shows whether it is there
 	}
@@ -200,7 +205,7 @@ func (m *mechanism) configure(ctx context.Context) (config, error) {
 // unusable is the error of New if zfs does not even list the parent: no module,
 // no daemon or no dataset. None can be told from another by the exit status.
 func unusable(err error) error {
-	if c, ok := errors.AsType[*CommandError](err); ok {
+	if c, ok := errors.AsType[*CommandError](err); ok && !errors.Is(err, ErrSuspended) {
 		return &layerfs.UnsupportedError{Feature: name, Reason: c.Error()}
 	}
 	return err
@@ -301,36 +306,53 @@ func (m *mechanism) state(elem ...string) string {
 }
 
 // Status tells about the pool and the parent dataset, under the keys Docker
-// made known. Sizes are in bytes. It costs two calls.
+// made known. Sizes are in bytes. It costs two calls. Of a suspended pool it
+// tells the health, and what is known without asking.
 func (m *mechanism) Status(ctx context.Context) ([]layerfs.StatusItem, error) {
-	rows, err := m.tool.rows(ctx, 2, "get", "-H", "-p", "-o", "property,value", "used,available,quota,compression", m.parent)
-	if err != nil {
+	health, space, err := m.poolStatus(ctx)
+	switch {
+	case errors.Is(err, ErrSuspended):
+		health, space = stateSuspended, nil
+	case err != nil:
 		return nil, err
-	}
-	value := map[string]string{}
-	for _, r := range rows {
-		value[r[0]] = r[1]
-	}
-	var health strings.Builder
-	if err := m.tool.pipe(ctx, nil, &health, m.tool.zpool, "list", "-H", "-o", "health", m.tool.pool); err != nil {
-		return nil, err
-	}
-	quota := value["quota"]
-	if quota == "0" || quota == "none" {
-		quota = "no"
 	}
 	items := []layerfs.StatusItem{
 		{Key: "Zpool", Value: m.tool.pool},
-		{Key: "Zpool Health", Value: strings.TrimSpace(health.String())},
+		{Key: "Zpool Health", Value: health},
 		{Key: "Parent Dataset", Value: m.parent},
-		{Key: "Space Used By Parent", Value: value["used"]},
-		{Key: "Space Available", Value: value["available"]},
-		{Key: "Parent Quota", Value: quota},
-		{Key: "Compression", Value: value["compression"]},
 	}
 	changes := "zfs diff"
 	if !m.features.NativeChanges {
 		changes = "walk: " + m.features.Reasons["NativeChanges"]
 	}
-	return append(items, layerfs.StatusItem{Key: "Changes By", Value: changes}), nil
+	return slices.Concat(items, space, []layerfs.StatusItem{{Key: "Changes By", Value: changes}}), nil
+}
+
+// poolStatus asks for what Status tells.
+func (m *mechanism) poolStatus(ctx context.Context) (health string, space []layerfs.StatusItem, err error) {
+	if err := m.answers(); err != nil {
+		return "", nil, err
+	}
+	rows, err := m.tool.rows(ctx, 2, "get", "-H", "-p", "-o", "property,value", "used,available,quota,compression", m.parent)
+	if err != nil {
+		return "", nil, err
+	}
+	value := map[string]string{}
+	for _, r := range rows {
+		value[r[0]] = r[1]
+	}
+	quota := value["quota"]
+	if quota == "0" || quota == "none" {
+		quota = "no"
+	}
+	var out strings.Builder
+	if err := m.tool.pipe(ctx, nil, &out, m.tool.zpool, "list", "-H", "-o", "health", m.tool.pool); err != nil {
+		return "", nil, err
+	}
+	return strings.TrimSpace(out.String()), []layerfs.StatusItem{
+		{Key: "Space Used By Parent", Value: value["used"]},
+		{Key: "Space Available", Value: value["available"]},
+		{Key: "Parent Quota", Value: quota},
+		{Key: "Compression", Value: value["compression"]},
+	}, nil
 }

@@ -324,6 +324,10 @@ func (m *mechanism) dropSnapshot(ctx context.Context, full string) error {
 // destroy destroys the dataset of a layer; none is no error. Layers that were
 // cloned from it, which are not its children, get its history.
 func (m *mechanism) destroy(ctx context.Context, id string) error {
+	// A call that is left behind would destroy whatever has the name later.
+	if err := m.answers(); err != nil {
+		return err
+	}
 	if err := m.clearAsides(id); err != nil {
 		return err
 	}
@@ -464,6 +468,9 @@ func (m *mechanism) cloneFrom(ctx context.Context, ds string) (string, error) {
 // Stored lists the layers that have a dataset or a directory. It is one call
 // of zfs, whatever the number of layers.
 func (m *mechanism) Stored(ctx context.Context) ([]string, error) {
+	if err := m.answers(); err != nil {
+		return nil, err // zfs may list what it remembers
+	}
 	rows, err := m.tool.rows(ctx, 2, "list", "-H", "-r", "-d", "1", "-t", "filesystem", "-o", "name,"+propLayer, m.parent)
 	if err != nil {
 		return nil, unusable(err)
@@ -647,6 +654,9 @@ func (d *Driver) Clone(ctx context.Context, id, from string, opts *layerfs.Creat
 // Rollback makes the dataset of a layer anew. If it fails the layer is
 // incomplete, and Rollback can be tried again.
 func (d *Driver) Rollback(ctx context.Context, id string) error {
+	if err := d.m.answers(); err != nil { // the layer stays as it is
+		return &layerfs.Error{Op: "rollback", Driver: name, ID: id, Err: err}
+	}
 	return lifecycle.Rollback(ctx, d.frame, id, func(chain lifecycle.Chain) error {
 		if err := d.m.destroy(ctx, id); err != nil {
 			return err

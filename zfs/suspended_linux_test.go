@@ -1,6 +1,7 @@
 package zfs
 
 import (
+	"bytes"
 	"errors"
 	"io"
 	"math/rand/v2"
@@ -28,7 +29,13 @@ func TestSuspended(t *testing.T) {
 	ctx := t.Context()
 	require.NoError(t, d.Create(ctx, "base", "", nil))
 	write(t, d, "base", "f", "kept")
-	require.NoError(t, d.Create(ctx, "w", "base", nil))
+	for _, id := range []string{"w", "back", "gone"} {
+		require.NoError(t, d.Create(ctx, id, "base", nil))
+	}
+	write(t, d, "back", "f", "changed")
+	require.NoError(t, d.Create(ctx, "empty", "", nil))
+	var sent bytes.Buffer
+	require.NoError(t, d.Send(ctx, &sent, "base", "", nil))
 
 	// The device fails because its own disk is full.
 	filler := filepath.Join(disk, "filler")
@@ -79,8 +86,35 @@ func TestSuspended(t *testing.T) {
 	require.ErrorIs(t, err, ErrSuspended)
 	_, err = d.Stat(ctx, "w", &layerfs.StatOptions{Usage: true})
 	require.ErrorIs(t, err, ErrSuspended)
-	require.ErrorIs(t, d.Clone(ctx, "z", "base", nil), ErrSuspended)
 	assert.Less(t, time.Since(start), 20*time.Second)
+	for _, c := range []struct {
+		verb string
+		call func() error
+	}{
+		{"clone", func() error { return d.Clone(ctx, "z", "base", nil) }},
+		{"rollback", func() error { return d.Rollback(ctx, "back") }},
+		{"apply", func() error { _, err := d.Apply(ctx, "empty", tarOf(t, []byte("text")), nil); return err }},
+		{"receive", func() error { return d.Receive(ctx, bytes.NewReader(sent.Bytes()), "z", "", nil) }},
+		{"set quota", func() error { return d.SetQuota(ctx, "back", layerfs.Quota{Bytes: 1 << 20}) }},
+		{"remove", func() error { return d.Remove(ctx, "gone") }},
+		{"check", func() error { _, err := d.Check(ctx); return err }},
+		{"repair", func() error { _, err := d.Repair(ctx); return err }},
+		{"open", func() error { _, err := New(root, &Options{Dataset: datasetOf(root)}); return err }},
+		{"open a new root", func() error { _, err := New(t.TempDir(), &Options{Dataset: datasetOf(root)}); return err }},
+	} {
+		start := time.Now()
+		err := c.call()
+		require.ErrorIs(t, err, ErrSuspended, c.verb)
+		assert.NotErrorIs(t, err, errors.ErrUnsupported, c.verb)
+		assert.ErrorContains(t, err, pool, c.verb)
+		assert.Less(t, time.Since(start), 10*time.Second, c.verb)
+	}
+	start = time.Now()
+	status, err := d.Status(ctx)
+	require.NoError(t, err)
+	assert.Contains(t, status, layerfs.StatusItem{Key: "Zpool", Value: pool})
+	assert.Contains(t, status, layerfs.StatusItem{Key: "Zpool Health", Value: "SUSPENDED"})
+	assert.Less(t, time.Since(start), time.Second)
 
 	require.NoError(t, os.Remove(filler))
 	mustCommand(t, "zpool", "clear", pool)
@@ -92,7 +126,7 @@ func TestSuspended(t *testing.T) {
 	}
 	require.NoError(t, d.Put(ctx, "w"))
 	// The calls that were left behind end now, and New undoes them.
-	want := []string{"base", "base@" + snapshotOf(t, d, "w"), "w"}
+	want := []string{"back", "base", "base@" + snapshotOf(t, d, "w"), "empty", "w"}
 	for end := time.Now().Add(time.Minute); ; time.Sleep(500 * time.Millisecond) {
 		again, err := New(root, &Options{Dataset: datasetOf(root)})
 		require.NoError(t, err)
@@ -105,7 +139,39 @@ func TestSuspended(t *testing.T) {
 	}
 	assert.Equal(t, string(data), read(t, d, "w", "data"))
 	assert.Equal(t, "kept", read(t, d, "w", "f"))
+	assert.Equal(t, "changed", read(t, d, "back", "f"), "it was not rolled back")
+	require.NoError(t, d.Rollback(ctx, "back"))
+	assert.Equal(t, "kept", read(t, d, "back", "f"))
 	require.NoError(t, d.Create(ctx, "x", "base", nil), "the name is free again")
-	require.NoError(t, errors.Join(d.Remove(ctx, "x"), d.Remove(ctx, "w"), d.Remove(ctx, "base")))
+	problems, err := d.Check(ctx)
+	require.NoError(t, err)
+	assert.Empty(t, problems)
+	for _, id := range []string{"x", "w", "back", "empty", "base"} {
+		require.NoError(t, d.Remove(ctx, id))
+	}
 	assert.Empty(t, layersOf(t, d))
+}
+
+// The programs say it, where the kernel does not tell.
+func TestSaysSuspended(t *testing.T) {
+	script := filepath.Join(t.TempDir(), "zfs")
+	require.NoError(t, os.WriteFile(script, []byte("#!/bin/sh\necho \"cannot open 'tank': pool $SAYS\" >&2\nexit 1\n"), 0o700))
+	m := &mechanism{parent: "tank/a", tool: &tool{zfs: script, zpool: script, pool: "tank", patience: time.Minute}}
+	for says, suspended := range map[string]bool{"I/O is currently suspended": true, "is broken": false} {
+		t.Setenv("SAYS", says)
+		status, err := m.Status(t.Context())
+		_, lerr := m.Stored(t.Context())
+		assert.Equal(t, suspended, errors.Is(lerr, ErrSuspended), says)
+		assert.Equal(t, !suspended, errors.Is(lerr, errors.ErrUnsupported), says)
+		if !suspended {
+			require.Error(t, err)
+			require.NotErrorIs(t, err, ErrSuspended)
+			continue
+		}
+		require.NoError(t, err)
+		assert.Equal(t, []layerfs.StatusItem{
+			{Key: "Zpool", Value: "tank"}, {Key: "Zpool Health", Value: "SUSPENDED"}, {Key: "Parent Dataset", Value: "tank/a"},
+		}, status[:3])
+		assert.Len(t, status, 4, "no sizes")
+	}
 }
