@@ -7,10 +7,10 @@ import (
 	"fmt"
 )
 
-// diff asks zfs what differs between a snapshot and a dataset, which must be
-// mounted at one of places.
-func (m *mechanism) diff(ctx context.Context, snapshot, dataset string, places []string) ([]change, error) {
-	out, err := m.tool.run(ctx, "diff", "-F", "-H", snapshot, dataset)
+// diff asks zfs what differs between a snapshot and a later one or the dataset
+// itself, which must be mounted at one of places.
+func (m *mechanism) diff(ctx context.Context, from, to string, places []string) ([]change, error) {
+	out, err := m.tool.run(ctx, "diff", "-F", "-H", from, to)
 	if err != nil {
 		return nil, fmt.Errorf("zfs diff: %w", err)
 	}

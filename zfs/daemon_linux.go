@@ -324,12 +324,17 @@ func (m *mechanism) leave(path string, shown []mountinfo.Info) error {
 // connection is the directory of the connection of a FUSE file system.
 func connection(minor int) string { return filepath.Join(connections, strconv.Itoa(minor)) }
 
+// waiting returns how many requests to a FUSE file system have not been answered.
+func waiting(minor int) (string, error) {
+	b, err := os.ReadFile(filepath.Join(connection(minor), "waiting"))
+	return strings.TrimSpace(string(b)), err
+}
+
 // answered waits until the daemon has answered all that was asked of the file
 // system at path.
 func answered(path string, minor int) error {
-	waiting := filepath.Join(connection(minor), "waiting")
 	for end := time.Now().Add(settle); time.Now().Before(end); time.Sleep(look) {
-		b, err := os.ReadFile(waiting)
+		n, err := waiting(minor)
 		if err != nil {
 			// The control file system is not mounted. What is asked now comes
 			// after what was asked before.
@@ -340,7 +345,7 @@ func answered(path string, minor int) error {
 			}
 			return err
 		}
-		if strings.TrimSpace(string(b)) == "0" {
+		if n == "0" {
 			return nil
 		}
 	}

@@ -25,10 +25,7 @@ import (
 func newPool(tb testing.TB, dir string, size int64) (pool, root string) {
 	tb.Helper()
 	pool = requirePool(tb) + random()
-	file := filepath.Join(dir, "pool")
-	require.NoError(tb, os.WriteFile(file, nil, 0o600))
-	require.NoError(tb, os.Truncate(file, size))
-	mustCommand(tb, "zpool", "create", "-f", "-o", "cachefile=none", "-O", "mountpoint=none", "-O", "canmount=off", "-O", "compression=off", pool, file)
+	require.NoError(tb, createPool(pool, filepath.Join(dir, "pool"), size, "-O", "compression=off"))
 	tb.Cleanup(func() { mustCommand(tb, "zpool", "destroy", "-f", pool) })
 	root = filepath.Join(tb.TempDir(), "root")
 	require.NoError(tb, os.Mkdir(root, 0o755))

@@ -278,15 +278,7 @@ func fuseInitRun(dir string) (code int, err error) {
 	if err := startDaemon(); err != nil {
 		return 0, err
 	}
-	pool := filepath.Join(dir, "pool")
-	if err := os.WriteFile(pool, nil, 0o600); err != nil {
-		return 0, err
-	}
-	if err := os.Truncate(pool, 1<<30); err != nil {
-		return 0, err
-	}
-	if _, err := command("zpool", "create", "-f", "-o", "cachefile=none", "-o", "ashift=12",
-		"-O", "mountpoint=none", "-O", "canmount=off", "layerfs", pool); err != nil {
+	if err := createPool("layerfs", filepath.Join(dir, "pool"), 1<<30, "-o", "ashift=12"); err != nil {
 		return 0, err
 	}
 	tmp := filepath.Join(dir, "tmp")
@@ -460,8 +452,8 @@ func wakeDaemon(others []int) {
 		minors := without(fuseMinors("/proc/self/mountinfo"), others)
 		stuck := false
 		for _, minor := range minors {
-			b, err := os.ReadFile(filepath.Join(connection(minor), "waiting"))
-			waits := err == nil && strings.TrimSpace(string(b)) != "0"
+			n, err := waiting(minor)
+			waits := err == nil && n != "0"
 			stuck = stuck || waits && waited[minor]
 			waited[minor] = waits
 		}

@@ -48,17 +48,10 @@ func makePool() (name string, destroy func() error, err error) {
 	sweepPools()
 	name = "layerfs" + strconv.Itoa(os.Getpid())
 	file := filepath.Join(poolDir(), name)
-	if err := os.WriteFile(file, nil, 0o600); err == nil {
-		err = os.Truncate(file, 1<<30)
-	}
-	if err == nil {
-		// Each transaction group is cheaper without the last two: most of the time
-		// goes there.
-		_, err = command("zpool", "create", "-f", "-o", "cachefile=none", "-o", "ashift=12", "-O", "mountpoint=none", "-O", "canmount=off",
-			"-o", "feature@log_spacemap=disabled", "-O", "sync=disabled", name, file)
-	}
-	if err != nil {
-		return "", nil, errors.Join(err, os.Remove(file))
+	// Each transaction group is cheaper without these two: most of the time goes
+	// there.
+	if err := createPool(name, file, 1<<30, "-o", "ashift=12", "-o", "feature@log_spacemap=disabled", "-O", "sync=disabled"); err != nil {
+		return "", nil, errors.Join(err, removeDir(file))
 	}
 	os.Setenv(poolEnv, name)
 	return name, func() error {
@@ -66,6 +59,19 @@ func makePool() (name string, destroy func() error, err error) {
 		_, err := command("zpool", "destroy", "-f", name)
 		return errors.Join(err, os.Remove(file))
 	}, nil
+}
+
+// createPool makes a pool on a sparse file of its own. Nothing of it is mounted.
+func createPool(name, file string, size int64, extra ...string) error {
+	if err := os.WriteFile(file, nil, 0o600); err != nil {
+		return err
+	}
+	if err := os.Truncate(file, size); err != nil {
+		return err
+	}
+	_, err := command("zpool", slices.Concat(
+		[]string{"create", "-f", "-o", "cachefile=none", "-O", "mountpoint=none", "-O", "canmount=off"}, extra, []string{name, file})...)
+	return err
 }
 
 // poolDir is on tmpfs where there is one: what is measured is the driver.

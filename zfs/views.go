@@ -19,8 +19,9 @@ import (
 )
 
 // views is the directory in which an open driver has its private mounts,
-// views/NAME/SERIAL.ID, and notes of its snapshots, named alike. Its lock, views/NAME.lock, lasts as long as the driver,
-// so that another can tell what a crash left.
+// views/NAME/SERIAL.ID, notes of its snapshots, named alike, and with zfs-fuse what
+// was moved aside, views/NAME/asideSERIAL.ID. Its lock, views/NAME.lock, lasts as
+// long as the driver, so that another can tell what a crash left.
 type views struct {
 	dir  string
 	lock *os.File
