@@ -223,43 +223,14 @@ func (m *mechanism) State(id string) (lifecycle.State, error) {
 	if dead {
 		return lifecycle.State{}, m.bury(id)
 	}
-	st, err := ask(target)
+	st, err := mount.Ask(target, mount.AnswerWithin)
 	switch {
 	case err == nil:
-		return lifecycle.State{Mounted: true, ReadOnly: st.Flags&unix.ST_RDONLY != 0}, nil
+		return lifecycle.State{Mounted: true, ReadOnly: st.ReadOnly}, nil
 	case errors.Is(err, unix.ENOTCONN), errors.Is(err, unix.ECONNABORTED):
 		return lifecycle.State{}, m.bury(id)
 	}
 	return lifecycle.State{}, err
-}
-
-// answerWithin is far more than an answer takes on a host that can work.
-const answerWithin = 10 * time.Second
-
-// ask asks the file system at a path for its state, in a goroutine that is
-// left behind if there is no answer: the server may be stopped.
-func ask(path string) (unix.Statfs_t, error) {
-	type answer struct {
-		st  unix.Statfs_t
-		err error
-	}
-	got := make(chan answer, 1)
-	go func() {
-		var a answer
-		a.err = unix.Statfs(path, &a.st)
-		got <- a
-	}()
-	t := time.NewTimer(answerWithin)
-	defer t.Stop()
-	select {
-	case a := <-got:
-		if a.err != nil {
-			a.err = &os.PathError{Op: "statfs", Path: path, Err: a.err}
-		}
-		return a.st, a.err
-	case <-t.C:
-		return unix.Statfs_t{}, &os.PathError{Op: "statfs", Path: path, Err: fmt.Errorf("its server does not answer: %w", unix.ETIMEDOUT)}
-	}
 }
 
 // bury detaches a dead mount and mends its branch.

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"time"
 
 	"github.com/layerfs/layerfs"
 	"github.com/layerfs/layerfs/internal/feature"
@@ -47,6 +48,8 @@ type mechanism struct {
 	features layerfs.Features
 	projects *quota.Projects // nil without project quotas
 	method   mount.Method
+
+	answerWithin time.Duration // of who serves a mount; tests shorten it
 }
 
 // name is what errors and Status call the driver.
@@ -77,7 +80,9 @@ func open(root string, opts *Options, probe *feature.Prober, method mount.Method
 	if err != nil {
 		return fail(err)
 	}
-	m := &mechanism{home: filepath.Join(root, name), opts: *opts, probe: probe, method: method}
+	m := &mechanism{
+		home: filepath.Join(root, name), opts: *opts, probe: probe, method: method, answerWithin: mount.AnswerWithin,
+	}
 	common := lifecycle.Options{Durability: opts.Durability, Logger: opts.Logger}
 	if err := os.MkdirAll(m.home, 0o711); err != nil {
 		return fail(err)

@@ -189,7 +189,7 @@ func (m *mechanism) state(id string) (lifecycle.State, error) {
 	if err != nil || !mounted {
 		return lifecycle.State{}, err
 	}
-	st, err := mount.Query(m.Path(id))
+	st, err := mount.Ask(m.Path(id), m.answerWithin)
 	return lifecycle.State{Mounted: st.MountPoint, ReadOnly: st.ReadOnly}, err
 }
 

@@ -118,7 +118,7 @@ func unmountProgram(ctx context.Context, path string) error {
 	if !errors.Is(err, unix.EPERM) {
 		return err
 	}
-	st, serr := mount.Query(path)
+	st, serr := mount.Ask(path, mount.AnswerWithin)
 	if serr == nil && !st.MountPoint {
 		return mount.ErrNotMounted
 	}

@@ -119,6 +119,30 @@ func TestServerKilled(t *testing.T) {
 	})
 }
 
+// TestServerStopped: a Get of what its server does not answer for is an error
+// in time, and not the end of all work on the layer.
+func TestServerStopped(t *testing.T) {
+	d := mustNew(t, t.TempDir(), &Options{MountProgram: layerfsProgram(t)})
+	d.m.answerWithin = 200 * time.Millisecond
+	stack(t, d)
+	ctx := t.Context()
+	path := mustGet(t, d, "top")
+	pid, err := strconv.Atoi(filepath.Base(filepath.Dir(oneServer(t, d.m.home)[0])))
+	require.NoError(t, err)
+	resume := testenv.Stop(t, pid)
+	began := time.Now()
+	for range 2 {
+		_, err = d.Get(ctx, "top", nil)
+		require.ErrorIs(t, err, unix.ETIMEDOUT)
+		require.ErrorContains(t, err, "does not answer")
+	}
+	require.Less(t, time.Since(began), 10*time.Second)
+	resume()
+	d.m.answerWithin = mount.AnswerWithin
+	require.Equal(t, path, mustGet(t, d, "top"))
+	require.NoError(t, os.WriteFile(path+"/new", nil, 0o644))
+}
+
 // TestReleased: a layer that was unmounted stays in use while a file is open in
 // its tree, and nobody takes it for still.
 func TestReleased(t *testing.T) {

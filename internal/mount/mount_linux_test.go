@@ -7,6 +7,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
@@ -525,4 +526,28 @@ func BenchmarkUserNamespace(b *testing.B) {
 		}
 		f.Close()
 	}
+}
+
+// TestAskStopped asks a file system whose server has said nothing yet.
+func TestAskStopped(t *testing.T) {
+	testenv.RequireFUSE(t, "overlay-union")
+	fd, err := unix.Open("/dev/fuse", unix.O_RDWR|unix.O_CLOEXEC, 0) // not by package os: it must not be polled
+	require.NoError(t, err)
+	dev := os.NewFile(uintptr(fd), "/dev/fuse")
+	defer dev.Close()
+	target := t.TempDir()
+	options := []string{fmt.Sprint("fd=", fd), "rootmode=40000", "user_id=0", "group_id=0"}
+	require.NoError(t, mount.Mount("fuse", "stopped", target, 0, options))
+	defer func() { require.NoError(t, mount.Unmount(target)) }()
+	began := time.Now()
+	_, err = mount.Ask(target, 50*time.Millisecond)
+	require.ErrorIs(t, err, unix.ETIMEDOUT)
+	require.ErrorContains(t, err, target)
+	require.Less(t, time.Since(began), 5*time.Second)
+	require.NoError(t, dev.Close())
+	_, err = mount.Ask(target, time.Minute)
+	require.ErrorIs(t, err, unix.ENOTCONN)
+	st, err := mount.Ask("/proc", time.Minute)
+	require.NoError(t, err)
+	require.True(t, st.MountPoint)
 }

@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"time"
 
 	"github.com/moby/sys/mountinfo"
 	"golang.org/x/sys/unix"
@@ -46,6 +47,33 @@ func Query(path string) (State, error) {
 	s.ReadOnly = st.Flags&unix.ST_RDONLY != 0
 	s.Magic = uint32(st.Type)
 	return s, nil
+}
+
+// AnswerWithin is far more than a server takes for an answer on a host that can
+// work.
+const AnswerWithin = 10 * time.Second
+
+// Ask is [Query] of a mount that a process may serve, which may be stopped: the
+// error matches ETIMEDOUT if there is no answer for that long. What asks is left
+// behind then, with a thread and a descriptor of the mount, until there is one.
+func Ask(path string, within time.Duration) (State, error) {
+	type answer struct {
+		s   State
+		err error
+	}
+	got := make(chan answer, 1)
+	go func() {
+		s, err := Query(path)
+		got <- answer{s, err}
+	}()
+	t := time.NewTimer(within)
+	defer t.Stop()
+	select {
+	case a := <-got:
+		return a.s, a.err
+	case <-t.C:
+		return State{}, &os.PathError{Op: "statfs", Path: path, Err: fmt.Errorf("its server does not answer: %w", unix.ETIMEDOUT)}
+	}
 }
 
 // mountOf fills MountPoint and ID.
