@@ -7,7 +7,6 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
-	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -26,10 +25,7 @@ import (
 // program layerfs: TestMain plays its part.
 func layerfsProgram(t *testing.T) string {
 	t.Helper()
-	testenv.RequireRoot(t)
-	if _, err := os.Stat("/dev/fuse"); err != nil {
-		testenv.SkipUnsupported(t, &layerfs.UnsupportedError{Feature: "FUSE", Reason: err.Error()}, "overlay-union")
-	}
+	testenv.RequireFUSE(t, "overlay-union")
 	exe, err := os.Executable()
 	require.NoError(t, err)
 	link := t.TempDir() + "/layerfs"
@@ -38,38 +34,28 @@ func layerfsProgram(t *testing.T) string {
 }
 
 // servers returns the processes that serve a mount below a directory.
-func servers(t *testing.T, dir string) (list []string) {
+func servers(t *testing.T, dir string) []int {
 	t.Helper()
-	procs, err := filepath.Glob("/proc/[0-9]*/cmdline")
-	require.NoError(t, err)
-	for _, p := range procs {
-		b, err := os.ReadFile(p)
-		if err == nil && bytes.Contains(b, []byte("\x00mount-overlay-serve\x00"+dir)) {
-			list = append(list, p)
-		}
-	}
-	return list
+	return testenv.Processes(t, "\x00mount-overlay-serve\x00"+dir)
 }
 
 // oneServer returns the only server, once those of mounts that are gone have
 // ended.
-func oneServer(t *testing.T, dir string) (list []string) {
+func oneServer(t *testing.T, dir string) int {
 	t.Helper()
+	var list []int
 	require.Eventually(t, func() bool {
 		list = servers(t, dir)
 		return len(list) == 1
 	}, 10*time.Second, time.Millisecond)
-	return list
+	return list[0]
 }
 
 // killServer kills the only server of a mount below a directory, and waits for
 // its end.
 func killServer(t *testing.T, dir string) {
 	t.Helper()
-	list := oneServer(t, dir)
-	pid, err := strconv.Atoi(filepath.Base(filepath.Dir(list[0])))
-	require.NoError(t, err)
-	require.NoError(t, unix.Kill(pid, unix.SIGKILL))
+	require.NoError(t, unix.Kill(oneServer(t, dir), unix.SIGKILL))
 	require.Eventually(t, func() bool { return len(servers(t, dir)) == 0 }, 10*time.Second, time.Millisecond)
 }
 
@@ -127,12 +113,10 @@ func TestServerStopped(t *testing.T) {
 	stack(t, d)
 	ctx := t.Context()
 	path := mustGet(t, d, "top")
-	pid, err := strconv.Atoi(filepath.Base(filepath.Dir(oneServer(t, d.m.home)[0])))
-	require.NoError(t, err)
-	resume := testenv.Stop(t, pid)
+	resume := testenv.Stop(t, oneServer(t, d.m.home))
 	began := time.Now()
 	for range 2 {
-		_, err = d.Get(ctx, "top", nil)
+		_, err := d.Get(ctx, "top", nil)
 		require.ErrorIs(t, err, unix.ETIMEDOUT)
 		require.ErrorContains(t, err, "does not answer")
 	}

@@ -8,8 +8,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"strconv"
-	"strings"
 	"testing"
 	"time"
 
@@ -217,18 +215,13 @@ func TestLog(t *testing.T) {
 }
 
 // serverOf returns the process that serves a target, 0 for none.
-func serverOf(t *testing.T, target string) (pid int) {
+func serverOf(t *testing.T, target string) int {
 	t.Helper()
-	all, err := filepath.Glob("/proc/[0-9]*/cmdline")
-	require.NoError(t, err)
-	for _, p := range all {
-		b, err := os.ReadFile(p)
-		if err == nil && strings.Contains(string(b), "\x00"+ask.Serve+"\x00"+target) {
-			pid, err = strconv.Atoi(filepath.Base(filepath.Dir(p)))
-			require.NoError(t, err)
-		}
+	pids := testenv.Processes(t, "\x00"+ask.Serve+"\x00"+target+"\x00")
+	if len(pids) == 0 {
+		return 0
 	}
-	return pid
+	return pids[0]
 }
 
 // TestCallerKilled kills callers at all moments: what is mounted when the caller
