@@ -192,6 +192,9 @@ func (m *mechanism) configure(ctx context.Context) (config, error) {
 	if !made {
 		return conf, nil // the list of layers shows whether it is there
 	}
+	if err := checkParent(conf.Dataset); err != nil {
+		return conf, err
+	}
 	if _, err := m.tool.run(ctx, "list", "-H", "-t", "filesystem", "-o", "name", m.parent); err != nil {
 		return conf, unusable(err)
 	}

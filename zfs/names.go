@@ -7,6 +7,8 @@ import (
 	"errors"
 	"fmt"
 	"strings"
+
+	"github.com/layerfs/layerfs"
 )
 
 // maxName is the length of the longest name of a dataset or snapshot:
@@ -51,6 +53,24 @@ func splitSnapshot(s string) (dataset, name string, ok bool) { return strings.Cu
 
 // snapshotPrefix is what the names of all snapshots of this package begin with.
 const snapshotPrefix = "layerfs-"
+
+// snapshotLength is the length of the longest name of one, that of newSnapshot:
+// the prefix, a hash of six bytes, "-" and random.
+const snapshotLength = len(snapshotPrefix) + 2*6 + len("-") + 8
+
+// maxParent is the length of the longest parent dataset that leaves room for a
+// layer with the longest id and a snapshot of it.
+const maxParent = maxName - len("/") - layerfs.MaxIDLength - len("@") - snapshotLength
+
+// checkParent reports why a dataset cannot be the parent of all layers there can
+// be.
+func checkParent(name string) error {
+	if len(name) > maxParent {
+		return fmt.Errorf("dataset %s has %d bytes, more than %d: the names of a layer with the longest id and of its snapshot would not fit in %d",
+			name, len(name), maxParent, maxName)
+	}
+	return nil
+}
 
 // snapshotsFor is what the names of the snapshots begin with that were taken to
 // make a layer. A hash, because an id may take up most of the name.

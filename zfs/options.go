@@ -22,7 +22,8 @@ type Options struct {
 	// Dataset is the parent of the layers' datasets, such as "tank/layers". It
 	// must exist and need not be mounted. Default is the dataset that is
 	// mounted at the root directory or nearest above it. A root keeps the
-	// dataset it was first opened with.
+	// dataset it was first opened with. A new root's may have 96 bytes, so that
+	// there is room for all ids.
 	Dataset string
 
 	// Properties are set on the dataset of each layer that is made, such as

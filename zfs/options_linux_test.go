@@ -126,6 +126,65 @@ func onlyTestPools(tb testing.TB) bool {
 	return true
 }
 
+// New refuses a dataset below which a layer with the longest id has no room, and a
+// root that has one all the same works for what has.
+func TestLongNames(t *testing.T) {
+	pool := requirePool(t)
+	longest := strings.Repeat("i", layerfs.MaxIDLength)
+	parent := func(t *testing.T, length int) (root, ds string) {
+		root = filepath.Join(t.TempDir(), "root")
+		require.NoError(t, os.Mkdir(root, 0o755))
+		ds = pool + "/" + random()
+		ds += strings.Repeat("p", length-len(ds))
+		mustCommand(t, "zfs", "create", "-o", "mountpoint=none", ds)
+		t.Cleanup(func() { mustDestroy(t, ds) })
+		assign(t, root, ds)
+		return root, ds
+	}
+	ctx := t.Context()
+	t.Run("longest", func(t *testing.T) {
+		root, _ := parent(t, maxParent)
+		d := mustOpen(t, root, &Options{})
+		require.NoError(t, d.Create(ctx, longest, "", nil))
+		write(t, d, longest, "f", "base")
+		child := longest[1:] + "c"
+		require.NoError(t, d.Create(ctx, child, longest, nil))
+		require.Len(t, d.m.dataset(longest)+"@"+snapshotOf(t, d, child), maxName)
+		write(t, d, child, "f", "changed")
+		var changes []string
+		for c, err := range d.Changes(ctx, child, longest) {
+			require.NoError(t, err)
+			changes = append(changes, c.String())
+		}
+		assert.Equal(t, []string{"C /f"}, changes)
+		require.NoError(t, d.Rollback(ctx, child))
+		assert.Equal(t, "base", read(t, d, child, "f"))
+		require.NoError(t, errors.Join(d.Remove(ctx, child), d.Remove(ctx, longest)))
+	})
+	t.Run("too long", func(t *testing.T) {
+		root, ds := parent(t, maxParent+1)
+		_, err := New(root, &Options{Dataset: ds})
+		require.ErrorContains(t, err, "more than 96")
+		left, err := os.ReadDir(filepath.Join(root, "zfs"))
+		require.NoError(t, err)
+		require.Empty(t, left)
+	})
+	t.Run("a root of before", func(t *testing.T) {
+		root, ds := parent(t, maxParent+1)
+		state := filepath.Join(root, "zfs", ".layerfs")
+		require.NoError(t, os.MkdirAll(state, 0o700))
+		require.NoError(t, os.WriteFile(filepath.Join(state, "zfs.json"), []byte(`{"dataset":"`+ds+`","root":"0123456789abcdef"}`), 0o600))
+		d := mustOpen(t, root, &Options{})
+		require.NoError(t, d.Create(ctx, longest, "", nil))
+		require.ErrorContains(t, d.Create(ctx, "child", longest, nil), "more than 255")
+		require.NoError(t, errors.Join(d.Create(ctx, "short", "", nil), d.Create(ctx, "child", "short", nil)))
+		for _, id := range []string{"child", "short", longest} {
+			require.NoError(t, d.Remove(ctx, id))
+		}
+		assert.Empty(t, layersOf(t, d))
+	})
+}
+
 // With WalkChanges zfs is not asked what changed.
 func TestWalkChanges(t *testing.T) {
 	const why = "Options.WalkChanges is set"
