@@ -7,12 +7,15 @@ import (
 	"io"
 	"io/fs"
 	"iter"
+	"os"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/layerfs/layerfs"
+	"github.com/layerfs/layerfs/archive"
 	"github.com/layerfs/layerfs/internal/btrfs"
 	"github.com/layerfs/layerfs/internal/lifecycle"
+	"github.com/layerfs/layerfs/internal/safepath"
 	"github.com/layerfs/layerfs/internal/tree"
 )
 
@@ -132,18 +135,16 @@ func (m *mechanism) empty(ctx context.Context) (path string, release func() erro
 	return path, release, nil
 }
 
-// Usage returns what a layer wrote that it still has: the sum of the files
-// that differ from the parent's, and their number. With simple quotas the
-// bytes are what the kernel counts.
+// Usage returns what a layer wrote that it still has: the sum of what differs
+// from the parent's files, and their number. A file with several names counts
+// once. With simple quotas the bytes are what the kernel counts.
+//
+// Where the kernel cannot be asked what differs, both trees are walked, and a
+// file of which some differs counts whole.
 func (m *mechanism) Usage(ctx context.Context, chain lifecycle.Chain) (layerfs.Usage, error) {
 	u, err := m.written(ctx, chain)
 	if declines(err) {
-		var v lifecycle.View
-		if v, err = m.View(ctx, chain); err != nil {
-			return u, err
-		}
-		u, err = tree.Usage(ctx, v.Path)
-		err = errors.Join(err, v.Release())
+		u, err = m.differing(ctx, chain)
 	}
 	if err != nil || m.quotas != nil {
 		return u, err
@@ -161,42 +162,159 @@ func (m *mechanism) written(ctx context.Context, chain lifecycle.Chain) (u layer
 		return u, err
 	}
 	defer func() { err = errors.Join(err, p.release()) }()
+	root, err := safepath.OpenRoot(p.newer, nil)
+	if err != nil {
+		return u, err
+	}
+	defer root.Close()
+	files := tally{root: root}
 	for c, err := range btrfs.Changes(ctx, p.older, p.newer) {
 		if err != nil {
 			return u, err
 		}
-		if c.Kind != layerfs.Deleted {
+		if c.Kind == layerfs.Deleted {
+			continue
+		}
+		_, first, err := files.add(c.Path)
+		if err != nil {
+			return u, err
+		}
+		if first {
 			u.Inodes++
 		}
 	}
+	content := tally{root: root}
+	path, first := "", false
 	for r, err := range btrfs.ChangedExtents(ctx, p.older, p.newer) {
 		if err != nil {
 			return u, err
 		}
-		if !r.Unmapped {
+		if r.Unmapped {
+			continue
+		}
+		if r.Path != path {
+			path = r.Path
+			if _, first, err = content.add(path); err != nil {
+				return u, err
+			}
+		}
+		if first {
 			u.Bytes += r.Length
 		}
 	}
 	return u, nil
 }
 
+// differing adds up the files of a layer that differ from the parent's.
+func (m *mechanism) differing(ctx context.Context, chain lifecycle.Chain) (u layerfs.Usage, err error) {
+	newer, err := m.View(ctx, chain)
+	if err != nil {
+		return u, err
+	}
+	defer func() { err = errors.Join(err, newer.Release()) }()
+	if len(chain) == 1 {
+		return tree.Usage(ctx, newer.Path)
+	}
+	older, err := m.View(ctx, chain[1:])
+	if err != nil {
+		return u, err
+	}
+	defer func() { err = errors.Join(err, older.Release()) }()
+	root, err := safepath.OpenRoot(newer.Path, nil)
+	if err != nil {
+		return u, err
+	}
+	defer root.Close()
+	files := tally{root: root}
+	opts := &archive.CompareOptions{Since: m.dir.Reliable(chain.Layer().Copied)}
+	for c, err := range archive.Compare(ctx, older.Path, newer.Path, opts) {
+		if err != nil {
+			return u, err
+		}
+		if c.Kind == layerfs.Deleted {
+			continue
+		}
+		st, first, err := files.add(c.Path)
+		if err != nil {
+			return u, err
+		}
+		if first {
+			u.Inodes++
+			u.Bytes += st.Blocks * 512 // the unit of stat(2)
+		}
+	}
+	return u, nil
+}
+
+// tally tells the first name of a file from the others. The zero value with a
+// root is ready.
+type tally struct {
+	root *safepath.Root
+	seen map[inode]bool // of several names
+}
+
+type inode struct{ dev, ino uint64 }
+
+// add looks at what is at a path of [layerfs.Change], and reports whether it was
+// not looked at under another name. What is gone meanwhile does not count.
+func (t *tally) add(path string) (st unix.Stat_t, first bool, err error) {
+	f, err := t.root.OpenExact(path, unix.O_PATH|unix.O_NOFOLLOW)
+	if errors.Is(err, fs.ErrNotExist) {
+		return st, false, nil
+	}
+	if err != nil {
+		return st, false, err
+	}
+	defer f.Close()
+	if err := unix.Fstat(int(f.Fd()), &st); err != nil {
+		return st, false, &os.PathError{Op: "fstat", Path: f.Name(), Err: err}
+	}
+	if st.Nlink < 2 || st.Mode&unix.S_IFMT == unix.S_IFDIR {
+		return st, true, nil
+	}
+	i := inode{uint64(st.Dev), st.Ino}
+	if t.seen[i] {
+		return st, false, nil
+	}
+	if t.seen == nil {
+		t.seen = make(map[inode]bool)
+	}
+	t.seen[i] = true
+	return st, true, nil
+}
+
 // counted replaces the bytes by those that simple quotas count, which mean the
-// same. What qgroups call exclusive does not: a child, or a snapshot that is
-// still being cleaned up, shares what the layer wrote.
+// same, with those of nested subvolumes. What qgroups call exclusive does not: a
+// child, or a snapshot that is still being cleaned up, shares what the layer wrote.
 func (m *mechanism) counted(id string, u layerfs.Usage) (layerfs.Usage, error) {
 	st, err := btrfs.ReadQuotaStatus(m.home)
 	if err != nil || st.Mode != btrfs.QuotaSimple {
 		return u, err
 	}
-	if err := btrfs.Sync(m.Path(id)); err != nil { // the numbers are those of the last commit
+	path := m.Path(id)
+	if err := btrfs.Sync(path); err != nil { // the numbers are those of the last commit
 		return u, err
 	}
-	q, err := qgroupOf(m.Path(id))
+	q, err := qgroupOf(path)
 	if errors.Is(err, fs.ErrNotExist) {
 		return u, nil
 	}
+	if err != nil {
+		return u, err
+	}
+	nested, err := btrfs.Nested(path)
+	if err != nil {
+		return u, err
+	}
 	u.Bytes = q.Exclusive
-	return u, err
+	for _, n := range nested {
+		q, err := btrfs.ReadQgroup(path, n.ID)
+		if err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return u, err
+		}
+		u.Bytes += q.Exclusive
+	}
+	return u, nil
 }
 
 // BlockDiff yields the ranges of regular files that differ from an ancestor's;

@@ -210,6 +210,49 @@ func TestNested(t *testing.T) {
 	require.Empty(t, subvolumes(t, root))
 }
 
+// TestUsage: what a layer takes is the same whether the kernel is asked or both
+// trees are walked, as where subvolumes are nested, and ancestors never count.
+func TestUsage(t *testing.T) {
+	const mib = 1 << 20
+	for _, quotas := range []string{"", btrfs.QuotasFull, btrfs.QuotasSimple} {
+		for _, nested := range []bool{false, true} {
+			t.Run(fmt.Sprintf("quotas=%s,nested=%t", quotas, nested), func(t *testing.T) {
+				d, err := btrfs.New(newRoot(t, 512), &btrfs.Options{Quotas: quotas})
+				testenv.SkipUnsupported(t, err, "btrfs")
+				require.NoError(t, err)
+				defer d.Close()
+				ctx := t.Context()
+				base := fill(t, d, "base", "", "data old 8388608 1", "dir d 0755", "file d/f x")
+				if nested {
+					require.NoError(t, ioctl.Create(base+"/vol"))
+				} else {
+					require.NoError(t, os.Mkdir(base+"/vol", 0o755))
+				}
+				tree.Build(t, base, "data vol/old 8388608 2")
+				usage := func(id string) layerfs.Usage {
+					t.Helper()
+					info, err := d.Stat(ctx, id, &layerfs.StatOptions{Usage: true})
+					require.NoError(t, err)
+					return *info.Usage
+				}
+				u := usage("base")
+				require.EqualValues(t, 6, u.Inodes)
+				require.InDelta(t, 16*mib, u.Bytes, mib/2)
+
+				require.NoError(t, d.Create(ctx, "top", "base", nil))
+				u = usage("top")
+				require.Zero(t, u.Inodes)
+				require.Less(t, u.Bytes, int64(mib/2), "of the metadata only")
+
+				edit(t, d, "top", "data new 2097152 3", "link d/again new", "symlink d/s ../old", "data vol/new 1048576 4", "rm d/f")
+				u = usage("top")
+				require.EqualValues(t, 6, u.Inodes, "/, /d, /vol and three files, one of which has two names")
+				require.InDelta(t, 3*mib, u.Bytes, mib/2)
+			})
+		}
+	}
+}
+
 func TestQuota(t *testing.T) {
 	const mib = 1 << 20
 	for _, mode := range []string{btrfs.QuotasFull, btrfs.QuotasSimple} {
@@ -670,6 +713,9 @@ func exhaust(t *testing.T, d *btrfs.Driver, root string) {
 		// Changes needs a snapshot, for which there is no room; the walk does not.
 		if i > 0 {
 			require.Empty(t, changes(t, d, fmt.Sprint("c", i-1), "base"))
+			info, err := d.Stat(ctx, fmt.Sprint("c", i-1), &layerfs.StatOptions{Usage: true})
+			require.NoError(t, err)
+			require.Equal(t, layerfs.Usage{}, *info.Usage)
 		}
 		return
 	}

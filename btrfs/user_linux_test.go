@@ -52,7 +52,7 @@ func unprivileged(root string) error {
 	if err != nil {
 		return err
 	}
-	if err := errors.Join(os.MkdirAll(base+"/d/e", 0o755), os.WriteFile(base+"/d/f", []byte("1"), 0o600), d.Put(ctx, "base")); err != nil {
+	if err := errors.Join(os.MkdirAll(base+"/d/e", 0o755), os.WriteFile(base+"/d/f", make([]byte, 3<<20), 0o600), d.Put(ctx, "base")); err != nil {
 		return err
 	}
 	if err := d.Create(ctx, "top", "base", nil); err != nil {
@@ -65,7 +65,18 @@ func unprivileged(root string) error {
 	if err != nil {
 		return err
 	}
-	if err := errors.Join(os.WriteFile(top+"/d/g", []byte("2"), 0o600), os.Chmod(top+"/d/e", 0), d.Put(ctx, "top")); err != nil {
+	if err := errors.Join(os.WriteFile(top+"/d/g", make([]byte, 1<<20), 0o600), d.Put(ctx, "top")); err != nil {
+		return err
+	}
+	info, err := d.Stat(ctx, "top", &layerfs.StatOptions{Usage: true})
+	if err != nil {
+		return err
+	}
+	// The directory and the file; without the parent's three megabytes.
+	if want := (layerfs.Usage{Bytes: 1 << 20, Inodes: 2}); *info.Usage != want {
+		return fmt.Errorf("usage %+v, want %+v", *info.Usage, want)
+	}
+	if err := os.Chmod(top+"/d/e", 0); err != nil {
 		return err
 	}
 	r, err := d.Diff(ctx, "base", "", nil)
