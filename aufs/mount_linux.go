@@ -193,18 +193,7 @@ func (m *mechanism) released(ctx context.Context, id string) error {
 	}
 	defer f.Close()
 	const patience = 500 * time.Millisecond // it is for order, not for safety
-	ctx, cancel := context.WithTimeout(ctx, patience)
-	defer cancel()
-	_, err = untilFree(ctx, func() (struct{}, error) {
-		err := unix.Flock(int(f.Fd()), unix.LOCK_SH|unix.LOCK_NB)
-		if errors.Is(err, unix.EWOULDBLOCK) {
-			err = unix.EBUSY
-		}
-		return struct{}{}, err
-	})
-	if errors.Is(err, context.DeadlineExceeded) {
-		return nil
-	}
+	_, err = sys.WaitUnlocked(ctx, f, patience)
 	return err
 }
 

@@ -18,6 +18,7 @@ import (
 	"github.com/layerfs/layerfs/internal/lifecycle"
 	"github.com/layerfs/layerfs/internal/mount"
 	"github.com/layerfs/layerfs/internal/overlaymount/ask"
+	"github.com/layerfs/layerfs/internal/sys"
 )
 
 func checkProgram(path string) error {
@@ -71,25 +72,11 @@ func (m *mechanism) Released(ctx context.Context, id string) error {
 	}
 	defer f.Close()
 	const patience = 500 * time.Millisecond // a server needs some milliseconds
-	end := time.Now().Add(patience)
-	for wait := 200 * time.Microsecond; ; wait = min(2*wait, 20*time.Millisecond) {
-		err := unix.Flock(int(f.Fd()), unix.LOCK_SH|unix.LOCK_NB)
-		switch {
-		case errors.Is(err, unix.EINTR):
-			continue
-		case err == nil:
-			return nil
-		case !errors.Is(err, unix.EWOULDBLOCK):
-			return &os.PathError{Op: "flock", Path: f.Name(), Err: err}
-		case time.Now().After(end):
-			return fmt.Errorf("%w: a mount of it lives on, by files open in it or in another mount namespace", layerfs.ErrInUse)
-		}
-		select {
-		case <-ctx.Done():
-			return context.Cause(ctx)
-		case <-time.After(wait):
-		}
+	free, err := sys.WaitUnlocked(ctx, f, patience)
+	if err == nil && !free {
+		err = fmt.Errorf("%w: a mount of it lives on, by files open in it or in another mount namespace", layerfs.ErrInUse)
 	}
+	return err
 }
 
 // still waits until a layer is released unless it is mounted, by whomever.

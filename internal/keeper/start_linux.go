@@ -11,6 +11,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/layerfs/layerfs/internal/sys"
 )
 
 // Self is the command that runs this very program.
@@ -109,20 +111,10 @@ func Gone(ctx context.Context, dir string) error {
 		return err
 	}
 	defer f.Close()
-	for range 200 {
-		// Shared, so that a keeper that starts now gets it in its own time.
-		if err := unix.Flock(int(f.Fd()), unix.LOCK_SH|unix.LOCK_NB); err == nil {
-			return nil
-		}
-		t := time.NewTimer(5 * time.Millisecond)
-		select {
-		case <-t.C:
-		case <-ctx.Done():
-			t.Stop()
-			return context.Cause(ctx)
-		}
-	}
-	return nil
+	// It is locked shared, so that a keeper that starts now gets it in its own
+	// time.
+	_, err = sys.WaitUnlocked(ctx, f, time.Second)
+	return err
 }
 
 // helperEnv is set in the environment of helpers. A program that is started as
