@@ -2,7 +2,6 @@ package archive
 
 import (
 	"context"
-	"encoding/binary"
 	"fmt"
 	"io"
 	"os"
@@ -15,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/layerfs/layerfs"
+	"github.com/layerfs/layerfs/internal/sys"
 	"github.com/layerfs/layerfs/whiteout"
 )
 
@@ -817,28 +817,27 @@ func readEntries(fd int) ([]dirEntry, error) {
 	var out []dirEntry
 	buf := make([]byte, 32<<10)
 	for {
-		n, err := ignoringEINTR(func() (int, error) { return unix.ReadDirent(fd, buf) })
+		n, err := sys.Getdents(fd, buf)
 		if err != nil {
 			return nil, err
 		}
-		if n <= 0 {
+		if n == 0 {
 			break
 		}
-		for b := buf[:n]; len(b) > 19; {
-			// struct linux_dirent64: ino 8, off 8, reclen 2, type 1, name.
-			reclen := int(binary.NativeEndian.Uint16(b[16:18]))
-			if reclen < 20 || reclen > len(b) {
-				return nil, unix.EIO
+		for list := sys.Dirents(buf[:n]); ; {
+			e, ok, err := list.Next()
+			if err != nil {
+				return nil, err
 			}
-			name := field(b[19:reclen])
-			if name != "." && name != ".." {
-				typ, err := entryType(fd, name, b[18])
-				if err != nil {
-					return nil, err
-				}
-				out = append(out, dirEntry{name, typ})
+			if !ok {
+				break
 			}
-			b = b[reclen:]
+			name := string(e.Name)
+			typ, err := entryType(fd, name, e.Type)
+			if err != nil {
+				return nil, err
+			}
+			out = append(out, dirEntry{name, typ})
 		}
 	}
 	slices.SortFunc(out, func(a, b dirEntry) int { return strings.Compare(a.name, b.name) })

@@ -1,7 +1,6 @@
 package devmapper
 
 import (
-	"bytes"
 	"cmp"
 	"context"
 	"encoding/binary"
@@ -201,41 +200,33 @@ func (w *walker) list(fd int, all bool) ([]entry, error) {
 	defer w.buffers.Put(buf)
 	var out []entry
 	for {
-		n, err := unix.Getdents(fd, buf[:])
-		if err == unix.EINTR {
-			continue
-		}
+		n, err := sys.Getdents(fd, buf[:])
 		if err != nil {
 			return nil, &os.PathError{Op: "getdents64", Path: strconv.Itoa(fd), Err: err}
 		}
 		if n == 0 {
 			break
 		}
-		// struct linux_dirent64: inode, offset, length, type, name with a NUL.
-		for b := buf[:n]; len(b) > 19; {
-			size := int(binary.NativeEndian.Uint16(b[16:]))
-			if size < 20 || size > len(b) {
-				return nil, &os.PathError{Op: "getdents64", Path: strconv.Itoa(fd), Err: errors.New("malformed entry")}
+		for list := sys.Dirents(buf[:n]); ; {
+			e, ok, err := list.Next()
+			if err != nil {
+				return nil, &os.PathError{Op: "getdents64", Path: strconv.Itoa(fd), Err: err}
 			}
-			ino, typ, text := binary.NativeEndian.Uint64(b), b[18], b[19:size]
-			b = b[size:]
-			if !all && typ != unix.DT_DIR && typ != unix.DT_UNKNOWN && !w.isChanged(ino) {
+			if !ok {
+				break
+			}
+			if !all && e.Type != unix.DT_DIR && e.Type != unix.DT_UNKNOWN && !w.isChanged(e.Ino) {
 				continue
 			}
-			if i := bytes.IndexByte(text, 0); i >= 0 {
-				text = text[:i]
-			}
-			if s := string(text); s != "." && s != ".." {
-				e := entry{s, ino, typ == unix.DT_DIR}
-				if typ == unix.DT_UNKNOWN { // a file system without types in its directories
-					var st unix.Stat_t
-					if err := unix.Fstatat(fd, s, &st, unix.AT_SYMLINK_NOFOLLOW); err != nil {
-						return nil, &os.PathError{Op: "stat", Path: s, Err: err}
-					}
-					e.dir = st.Mode&unix.S_IFMT == unix.S_IFDIR
+			s, typ := string(e.Name), e.Type
+			if typ == unix.DT_UNKNOWN { // a file system without types in its directories
+				var st unix.Stat_t
+				if err := unix.Fstatat(fd, s, &st, unix.AT_SYMLINK_NOFOLLOW); err != nil {
+					return nil, &os.PathError{Op: "stat", Path: s, Err: err}
 				}
-				out = append(out, e)
+				typ = byte(st.Mode & unix.S_IFMT >> 12)
 			}
+			out = append(out, entry{s, e.Ino, typ == unix.DT_DIR})
 		}
 	}
 	slices.SortFunc(out, func(a, b entry) int { return cmp.Compare(a.name, b.name) })

@@ -3,7 +3,6 @@ package zfs
 import (
 	"bytes"
 	"context"
-	"encoding/binary"
 	"errors"
 	"maps"
 	"os"
@@ -130,25 +129,22 @@ type entry struct {
 // readDir calls fn for all names in a directory but "." and "..".
 func readDir(dir *os.File, buf []byte, fn func(entry)) error {
 	for {
-		n, err := unix.Getdents(int(dir.Fd()), buf)
-		if errors.Is(err, unix.EINTR) {
-			continue
-		}
+		n, err := sys.Getdents(int(dir.Fd()), buf)
 		if err != nil {
 			return &os.PathError{Op: "getdents64", Path: dir.Name(), Err: err}
 		}
 		if n == 0 {
 			return nil
 		}
-		for rest := buf[:n]; len(rest) > 0; {
-			e, size, ok := dirent(rest)
+		for list := sys.Dirents(buf[:n]); ; {
+			e, ok, err := list.Next()
+			if err != nil {
+				return &os.PathError{Op: "getdents64", Path: dir.Name(), Err: err}
+			}
 			if !ok {
-				return &os.PathError{Op: "getdents64", Path: dir.Name(), Err: unix.EBADMSG}
+				break
 			}
-			if e.name != "." && e.name != ".." {
-				fn(e)
-			}
-			rest = rest[size:]
+			fn(entry{string(e.Name), e.Ino, e.Type})
 		}
 	}
 }
@@ -387,20 +383,4 @@ func contentDiffers(ctx context.Context, a, b *place) (bool, error) {
 	defer g.Close()
 	same, err := content.Equal(ctx, f, g)
 	return !same, err
-}
-
-// dirent takes the first entry of a buffer that getdents64(2) filled: struct
-// linux_dirent64 is the inode and an offset of eight bytes each, the length of
-// the record in two, the type in one, and the name.
-func dirent(buf []byte) (e entry, size int, ok bool) {
-	const header = 19
-	if len(buf) < header {
-		return e, 0, false
-	}
-	size = int(binary.NativeEndian.Uint16(buf[16:]))
-	if size <= header || size > len(buf) {
-		return e, 0, false
-	}
-	text, _, _ := bytes.Cut(buf[header:size], []byte{0})
-	return entry{name: string(text), ino: binary.NativeEndian.Uint64(buf), kind: buf[18]}, size, true
 }

@@ -180,25 +180,27 @@ func probeDType(dir string) (err error) {
 	}
 	defer unix.Close(fd)
 	buf := make([]byte, 4096)
-	n, err := unix.Getdents(fd, buf)
-	if err != nil {
-		return &os.PathError{Op: "getdents64", Path: tmp, Err: err}
+	for {
+		n, err := sys.Getdents(fd, buf)
+		if err != nil {
+			return &os.PathError{Op: "getdents64", Path: tmp, Err: err}
+		}
+		if n == 0 {
+			return nil
+		}
+		for list := sys.Dirents(buf[:n]); ; {
+			e, ok, err := list.Next()
+			if err != nil {
+				return &os.PathError{Op: "getdents64", Path: tmp, Err: err}
+			}
+			if !ok {
+				break
+			}
+			if e.Type == unix.DT_UNKNOWN {
+				return no(DType, "", "readdir of %s does not tell file types", dir)
+			}
+		}
 	}
-	// struct linux_dirent64: u64 ino, s64 off, u16 reclen, u8 type, name.
-	for rec := buf[:n]; len(rec) > 19; {
-		length := int(rec[16]) | int(rec[17])<<8
-		if bigEndian() {
-			length = int(rec[17]) | int(rec[16])<<8
-		}
-		if length < 19 || length > len(rec) {
-			return fmt.Errorf("getdents64 %s: malformed entry", tmp)
-		}
-		if rec[18] == unix.DT_UNKNOWN {
-			return no(DType, "", "readdir of %s does not tell file types", dir)
-		}
-		rec = rec[length:]
-	}
-	return nil
 }
 
 func probeIDMap(dir string) error {

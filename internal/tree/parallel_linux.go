@@ -93,6 +93,12 @@ type job struct {
 	entries []dirent
 }
 
+// dirent is an entry that waits to be visited.
+type dirent struct {
+	name string
+	typ  byte // DT_REG and so on; DT_UNKNOWN if the file system does not tell
+}
+
 type parallel struct {
 	ctx context.Context
 	v   Visitor
@@ -220,7 +226,7 @@ func (w *parallel) read(d *Dir, buf []byte) (next job, ok bool, err error) {
 	var batches []job
 	batch := make([]dirent, 0, batchSize)
 	for len(batches) == 0 {
-		n, err := getdents(d.FD, buf)
+		n, err := sys.Getdents(d.FD, buf)
 		if err != nil {
 			return job{}, false, &os.PathError{Op: "getdents", Path: d.Path(""), Err: err}
 		}
@@ -231,7 +237,14 @@ func (w *parallel) read(d *Dir, buf []byte) (next job, ok bool, err error) {
 			d.pending.Add(1)
 			return job{d, batch}, true, nil
 		}
-		for e := range dirents(buf[:n]) {
+		for list := sys.Dirents(buf[:n]); ; {
+			e, ok, err := list.Next()
+			if err != nil {
+				return job{}, false, &os.PathError{Op: "getdents", Path: d.Path(""), Err: err}
+			}
+			if !ok {
+				break
+			}
 			if len(batch) == batchSize {
 				if batches == nil {
 					batches = append(batches, job{dir: d})
@@ -239,7 +252,7 @@ func (w *parallel) read(d *Dir, buf []byte) (next job, ok bool, err error) {
 				batches = append(batches, job{d, batch})
 				batch = make([]dirent, 0, batchSize)
 			}
-			batch = append(batch, e)
+			batch = append(batch, dirent{string(e.Name), e.Type})
 		}
 	}
 	w.push(d, batches...)

@@ -1,9 +1,7 @@
 package tree
 
 import (
-	"bytes"
 	"context"
-	"encoding/binary"
 	"errors"
 	"io/fs"
 	"os"
@@ -106,7 +104,7 @@ func (w *walker) entry(dir int, parent, name string) error {
 func (w *walker) names(fd int, path string) ([]string, error) {
 	var names []string
 	for {
-		n, err := getdents(fd, w.buf)
+		n, err := sys.Getdents(fd, w.buf)
 		if err != nil {
 			return nil, &os.PathError{Op: "getdents", Path: path, Err: err}
 		}
@@ -114,8 +112,15 @@ func (w *walker) names(fd int, path string) ([]string, error) {
 			slices.Sort(names)
 			return names, nil
 		}
-		for d := range dirents(w.buf[:n]) {
-			names = append(names, d.name)
+		for list := sys.Dirents(w.buf[:n]); ; {
+			d, ok, err := list.Next()
+			if err != nil {
+				return nil, &os.PathError{Op: "getdents", Path: path, Err: err}
+			}
+			if !ok {
+				break
+			}
+			names = append(names, string(d.Name))
 		}
 	}
 }
@@ -142,42 +147,4 @@ func below(parent, name string) string {
 // openDir opens a directory for reading, not following a symlink.
 func openDir(dir int, name string) (int, error) {
 	return sys.Openat(dir, name, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW, 0)
-}
-
-func getdents(fd int, buf []byte) (int, error) {
-	for {
-		n, err := unix.Getdents(fd, buf)
-		if err != unix.EINTR {
-			return n, err
-		}
-	}
-}
-
-type dirent struct {
-	name string
-	typ  uint8 // DT_REG and so on; DT_UNKNOWN if the file system does not tell
-}
-
-// dirents yields the entries of a buffer that getdents64(2) filled, without
-// "." and "..". The layout is that of struct linux_dirent64: inode and offset,
-// eight bytes each, then the length of the record, the type, and the name.
-func dirents(buf []byte) func(yield func(dirent) bool) {
-	return func(yield func(dirent) bool) {
-		const header = 19
-		for len(buf) > header {
-			n := int(binary.NativeEndian.Uint16(buf[16:]))
-			if n <= header || n > len(buf) {
-				return
-			}
-			name, _, _ := bytes.Cut(buf[header:n], []byte{0})
-			d := dirent{typ: buf[18]}
-			buf = buf[n:]
-			if s := string(name); s != "." && s != ".." {
-				d.name = s
-				if !yield(d) {
-					return
-				}
-			}
-		}
-	}
 }

@@ -3,12 +3,13 @@
 package unionfs
 
 import (
-	"encoding/binary"
 	"errors"
 	"hash/maphash"
 	"strconv"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/layerfs/layerfs/internal/sys"
 )
 
 // Kind is what a name in a branch directory stands for.
@@ -376,36 +377,23 @@ func listDir(fd int, buf []byte, each func(dirent) error) error {
 	}
 	defer unix.Close(d)
 	for {
-		n, err := unix.Getdents(d, buf)
-		if err == unix.EINTR {
-			continue
-		}
+		n, err := sys.Getdents(d, buf)
 		if err != nil {
 			return err
 		}
 		if n == 0 {
 			return nil
 		}
-		for b := buf[:n]; len(b) >= 19; {
-			// struct linux_dirent64: u64 ino, s64 off, u16 reclen, u8 type, name.
-			l := int(binary.NativeEndian.Uint16(b[16:]))
-			if l < 20 || l > len(b) {
-				return unix.EIO
+		for list := sys.Dirents(buf[:n]); ; {
+			e, ok, err := list.Next()
+			if err != nil {
+				return err
 			}
-			name := b[19:l]
-			for i, c := range name {
-				if c == 0 {
-					name = name[:i]
-					break
-				}
+			if !ok {
+				break
 			}
-			e := dirent{ino: binary.NativeEndian.Uint64(b), typ: b[18]}
-			b = b[l:]
-			if s := string(name); s != "." && s != ".." {
-				e.name = s
-				if err := each(e); err != nil {
-					return err
-				}
+			if err := each(dirent{string(e.Name), e.Ino, e.Type}); err != nil {
+				return err
 			}
 		}
 	}
