@@ -1,7 +1,6 @@
 package overlay
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -115,15 +114,7 @@ func unmountProgram(ctx context.Context, path string) error {
 func run(ctx context.Context, name string, args ...string) error {
 	cmd := exec.CommandContext(ctx, name, args...)
 	cmd.Env = append(os.Environ(), "LC_ALL=C")
-	var stderr bytes.Buffer
-	cmd.Stderr = &stderr
-	if err := cmd.Run(); err != nil {
-		if context.Cause(ctx) != nil {
-			err = context.Cause(ctx)
-		}
-		return fmt.Errorf("%s: %w: %s", filepath.Base(name), err, strings.TrimSpace(stderr.String()))
-	}
-	return nil
+	return ask.Run(ctx, cmd)
 }
 
 // viewProgram mounts a view in a directory whose lock tells that it is in use;

@@ -163,17 +163,28 @@ func start(ctx context.Context, program, target string, dev *os.File) (*os.File,
 	conn := os.NewFile(uintptr(p[0]), "caller")
 	cmd := exec.CommandContext(ctx, program, Start, target)
 	cmd.Dir = "/"
-	cmd.Env = append(os.Environ(), StartedEnv+"=1", "LC_ALL=C")
+	cmd.Env = append(os.Environ(), StartedEnv+"=1")
 	cmd.ExtraFiles = []*os.File{theirs, dev}
-	var stderr bytes.Buffer
-	cmd.Stderr = &stderr
 	cmd.WaitDelay = time.Second
-	if err := cmd.Run(); err != nil {
-		if cause := context.Cause(ctx); cause != nil {
-			err = cause
-		}
+	if err := Run(ctx, cmd); err != nil {
 		conn.Close()
-		return nil, fmt.Errorf("%s: %w: %s", filepath.Base(program), err, strings.TrimSpace(stderr.String()))
+		return nil, err
 	}
 	return conn, nil
+}
+
+// Run runs a command that was made with ctx. The error has the name of the
+// program and what it said to standard error, which cmd.Stderr is not set for;
+// it matches the cause of ctx if that has ended.
+func Run(ctx context.Context, cmd *exec.Cmd) error {
+	var stderr bytes.Buffer
+	cmd.Stderr = &stderr
+	err := cmd.Run()
+	if err == nil {
+		return nil
+	}
+	if cause := context.Cause(ctx); cause != nil {
+		err = cause
+	}
+	return fmt.Errorf("%s: %w: %s", filepath.Base(cmd.Args[0]), err, strings.TrimSpace(stderr.String()))
 }
