@@ -72,10 +72,8 @@ func (m *mechanism) build(ctx context.Context, rec *lifecycle.Record, fill func(
 	defer u.Run(&err)
 	u.Push(func() error { return m.destroy(context.WithoutCancel(ctx), path) })
 	m.at("create: subvolume, no record")
-	if rec.MountLabel != "" {
-		if err := tree.Relabel(ctx, path, rec.MountLabel); err != nil {
-			return err
-		}
+	if err := relabel(ctx, path, rec); err != nil {
+		return err
 	}
 	if err := m.limit(ctx, path, rec, rec.Quota); err != nil {
 		return err
@@ -89,6 +87,14 @@ func (m *mechanism) build(ctx context.Context, rec *lifecycle.Record, fill func(
 		return btrfs.Commit(path)
 	}
 	return nil
+}
+
+// relabel gives everything at path the label of a layer, if that has one.
+func relabel(ctx context.Context, path string, rec *lifecycle.Record) error {
+	if rec.MountLabel == "" {
+		return nil
+	}
+	return quotaError(tree.Relabel(ctx, path, rec.MountLabel))
 }
 
 // DeletesByID reports that all of a layer is found by its id; the kernel knows
@@ -276,6 +282,11 @@ func (m *mechanism) Apply(ctx context.Context, chain lifecycle.Chain, r io.Reade
 		}
 		return res, quotaError(err)
 	}
+	// A file of the stream has the label the stream gives it, or what the kernel
+	// takes from its directory.
+	if err := relabel(ctx, build, rec); err != nil {
+		return res, err
+	}
 	if m.opts.Durability == layerfs.DurabilityFull {
 		if err := btrfs.Sync(build); err != nil {
 			return res, err
@@ -447,10 +458,8 @@ func (d *Driver) Rollback(ctx context.Context, id string) error {
 		if err != nil {
 			return err
 		}
-		if rec.MountLabel != "" {
-			if err := tree.Relabel(ctx, build, rec.MountLabel); err != nil {
-				return err
-			}
+		if err := relabel(ctx, build, rec); err != nil {
+			return err
 		}
 		return d.m.replace(ctx, rec, build, func() error { return nil }) // it is marked already
 	})

@@ -35,8 +35,10 @@ type Options struct {
 	MinSpace int64
 
 	// MountLabel is the SELinux label of layers that are created without one.
-	// The files of a layer are given the label at its creation, which takes as
-	// long as a walk over its tree.
+	// All files of a layer are given its label by Create, Clone, Apply and
+	// Rollback, which takes as long as a walk over its tree; those that somebody
+	// makes later get theirs from the kernel. A child of a labelled layer that is
+	// to have none itself has the files of its parent, with their labels.
 	MountLabel string
 
 	// Quotas says what to do about quotas, which are a property of the whole
