@@ -76,7 +76,7 @@ func (k *kernelEngine) mount(ctx context.Context, p plan, target string) error {
 func (k *kernelEngine) unmount(ctx context.Context, target string) error {
 	// Else names of a file that were not copied up fall back to the old
 	// content (aufs(5), Pseudo Link).
-	if err := k.flush(ctx, target); err != nil && !errors.Is(err, mount.ErrNotMounted) {
+	if err := mount.IgnoreNotMounted(k.flush(ctx, target)); err != nil {
 		return err
 	}
 	return unmountNow(target)

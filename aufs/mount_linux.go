@@ -162,11 +162,7 @@ func ignoreMissing(err error) error {
 func (m *mechanism) Unmount(ctx context.Context, rec *lifecycle.Record) error {
 	target := m.Path(rec.ID)
 	if rec.Parent == "" {
-		err := unmountNow(target)
-		if errors.Is(err, mount.ErrNotMounted) {
-			return nil
-		}
-		return ignoreMissing(err)
+		return ignoreMissing(mount.IgnoreNotMounted(unmountNow(target)))
 	}
 	err := keepTimes(m.branch(rec.ID), func() error {
 		if err := m.engine.unmount(ctx, target); err != nil {
@@ -177,10 +173,7 @@ func (m *mechanism) Unmount(ctx context.Context, rec *lifecycle.Record) error {
 		}
 		return m.released(ctx, rec.ID)
 	})
-	if errors.Is(err, mount.ErrNotMounted) {
-		return nil
-	}
-	return ignoreMissing(err)
+	return ignoreMissing(mount.IgnoreNotMounted(err))
 }
 
 // released waits until the union that had a branch has let it go, which it
@@ -224,7 +217,7 @@ func (m *mechanism) State(id string) (lifecycle.State, error) {
 
 // bury detaches a dead mount and mends its branch.
 func (m *mechanism) bury(id string) error {
-	if err := mount.Unmount(m.Path(id)); err != nil && !errors.Is(err, mount.ErrNotMounted) {
+	if err := mount.IgnoreNotMounted(mount.Unmount(m.Path(id))); err != nil {
 		return err
 	}
 	chain, err := m.chain(id)
@@ -343,10 +336,7 @@ func (m *mechanism) aside(ctx context.Context, chain lifecycle.Chain) (_ lifecyc
 	}
 	target := filepath.Join(s.dir, mountPoint)
 	release := func() error {
-		err := m.engine.unmount(context.WithoutCancel(ctx), target)
-		if errors.Is(err, mount.ErrNotMounted) {
-			err = nil
-		}
+		err := mount.IgnoreNotMounted(m.engine.unmount(context.WithoutCancel(ctx), target))
 		return errors.Join(err, s.remove())
 	}
 	if err := m.engine.mount(ctx, m.plan(chain, true), target); err != nil {
@@ -441,8 +431,8 @@ func (m *mechanism) clearScratch(ctx context.Context) error {
 		if _, err := endDead(filepath.Join(s.dir, mountPoint)); err != nil {
 			return errors.Join(err, s.lock.Close())
 		}
-		err := mount.Unmount(filepath.Join(s.dir, mountPoint))
-		if err != nil && !errors.Is(err, mount.ErrNotMounted) && !errors.Is(err, fs.ErrNotExist) {
+		err := mount.IgnoreNotMounted(mount.Unmount(filepath.Join(s.dir, mountPoint)))
+		if ignoreMissing(err) != nil {
 			return errors.Join(err, s.lock.Close())
 		}
 		if err := s.remove(); err != nil {

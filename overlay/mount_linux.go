@@ -142,8 +142,8 @@ func (m *mechanism) prepareWork(rec *lifecycle.Record) error {
 // Unmount undoes Mount. Open files in the tree go on working, so that the layer
 // may stay in use.
 func (m *mechanism) Unmount(ctx context.Context, rec *lifecycle.Record) error {
-	err := m.unmount(ctx, m.Path(rec.ID))
-	if err != nil && !errors.Is(err, mount.ErrNotMounted) && !errors.Is(err, os.ErrNotExist) {
+	err := mount.IgnoreNotMounted(m.unmount(ctx, m.Path(rec.ID)))
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
 		return err
 	}
 	// Also what somebody else has unmounted, who was killed before this.
@@ -177,11 +177,7 @@ func (m *mechanism) State(id string) (lifecycle.State, error) {
 	if !errors.Is(err, unix.ENOTCONN) && !errors.Is(err, unix.ECONNABORTED) {
 		return st, err
 	}
-	err = m.unmount(context.Background(), m.Path(id))
-	if errors.Is(err, mount.ErrNotMounted) {
-		err = nil
-	}
-	return lifecycle.State{}, err
+	return lifecycle.State{}, mount.IgnoreNotMounted(m.unmount(context.Background(), m.Path(id)))
 }
 
 func (m *mechanism) state(id string) (lifecycle.State, error) {

@@ -133,10 +133,7 @@ func (m *mechanism) viewProgram(ctx context.Context, plan *mount.Overlay) (_ lif
 	}
 	root := filepath.Join(dir, "root")
 	release := func() error {
-		err := unmountProgram(context.Background(), root)
-		if errors.Is(err, mount.ErrNotMounted) {
-			err = nil
-		}
+		err := mount.IgnoreNotMounted(unmountProgram(context.Background(), root))
 		return errors.Join(err, removeIfThere(root), os.Remove(dir), lock.Close())
 	}
 	if err := os.Mkdir(root, 0o700); err != nil {
@@ -174,8 +171,8 @@ func (m *mechanism) clearViews() error {
 			continue // in use
 		}
 		root := filepath.Join(dir, "root")
-		err = unmountProgram(context.Background(), root)
-		if errors.Is(err, mount.ErrNotMounted) || errors.Is(err, fs.ErrNotExist) {
+		err = mount.IgnoreNotMounted(unmountProgram(context.Background(), root))
+		if errors.Is(err, fs.ErrNotExist) {
 			err = nil
 		}
 		err = errors.Join(err, removeIfThere(root), removeIfThere(dir), lock.Close())

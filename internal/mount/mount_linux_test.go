@@ -329,6 +329,8 @@ func TestUnmount(t *testing.T) {
 	err := mount.Unmount(d[0])
 	require.ErrorIs(t, err, mount.ErrNotMounted)
 	require.ErrorIs(t, err, unix.EINVAL)
+	require.NoError(t, mount.IgnoreNotMounted(err))
+	require.ErrorIs(t, mount.IgnoreNotMounted(mount.Unmount(base+"/none")), os.ErrNotExist)
 	require.NotErrorIs(t, mount.Unmount(base+"/none"), mount.ErrNotMounted)
 	require.ErrorIs(t, mount.Unmount(base+"/none"), os.ErrNotExist)
 

@@ -60,6 +60,14 @@ const (
 // EINVAL, which is what the kernel says.
 var ErrNotMounted = errors.New("not mounted")
 
+// IgnoreNotMounted returns err unless it matches [ErrNotMounted]: nil then.
+func IgnoreNotMounted(err error) error {
+	if errors.Is(err, ErrNotMounted) {
+		return nil
+	}
+	return err
+}
+
 // PageLimit is the number of bytes of options mount(2) takes on every
 // architecture: a page of 4 KiB with its terminating NUL.
 const PageLimit = 4095

@@ -130,16 +130,9 @@ func (c *Client) mount(ctx context.Context, cfg Config) (_ []Repaired, err error
 		_, err = c.ask(ctx, conn, &request{Op: opMounted, Conn: number})
 	}
 	if err != nil {
-		return nil, errors.Join(err, ignoreNotMounted(mount.Unmount(cfg.Target)))
+		return nil, errors.Join(err, mount.IgnoreNotMounted(mount.Unmount(cfg.Target)))
 	}
 	return ans.Repaired, nil
-}
-
-func ignoreNotMounted(err error) error {
-	if errors.Is(err, mount.ErrNotMounted) {
-		return nil
-	}
-	return err
 }
 
 // placeOf returns which directory a branch is, without asking a server.

@@ -56,7 +56,7 @@ func newServed(t *testing.T) *served {
 	_, err := s.Mount(t.Context(), s.cfg)
 	require.NoError(t, err)
 	t.Cleanup(func() {
-		require.NoError(t, ignoreNotMounted(mount.Unmount(s.target)))
+		require.NoError(t, mount.IgnoreNotMounted(mount.Unmount(s.target)))
 		require.NoError(t, s.Wait(context.Background(), s.target))
 	})
 	return s

@@ -125,7 +125,7 @@ func Mount(ctx context.Context, program string, p *Plan) (err error) {
 		_, err = exchange(in, out, true)
 	}
 	if err != nil {
-		return errors.Join(err, ignoreNotMounted(mount.Unmount(p.Target)))
+		return errors.Join(err, mount.IgnoreNotMounted(mount.Unmount(p.Target)))
 	}
 	return nil
 }
@@ -139,13 +139,6 @@ func exchange(in *json.Decoder, out *json.Encoder, v any) (Call, error) {
 		return a.Mount, fmt.Errorf("the server gave no answer: %w", err)
 	}
 	return a.Mount, a.err()
-}
-
-func ignoreNotMounted(err error) error {
-	if errors.Is(err, mount.ErrNotMounted) {
-		return nil
-	}
-	return err
 }
 
 // start runs a server, which is no child of this process.
