@@ -47,6 +47,14 @@
 // exclusive bytes), so the parent does not count. Quotas have a price for the
 // whole file system, so they are only turned on by [Options.Quotas].
 //
+// A limit is on the subvolume of the layer alone. One that a container makes
+// within it, for which the right to write in a directory is enough, has a qgroup
+// of its own without a limit, in children and clones of the layer too: limits for
+// each of them would not bound their sum, nor those that are made after them.
+// Stat counts their bytes as the layer's. Whoever needs limits to hold keeps
+// containers from BTRFS_IOC_SUBVOL_CREATE and BTRFS_IOC_SNAP_CREATE, as by a
+// seccomp filter, or takes a driver whose layers are devices.
+//
 // # Privileges
 //
 // Layers can be made, filled and read by any user who owns the directory.

@@ -300,6 +300,34 @@ func TestQuota(t *testing.T) {
 	}
 }
 
+// TestQuotaNested pins what limits do not reach, as the documentation of the
+// package says: subvolumes within a layer.
+func TestQuotaNested(t *testing.T) {
+	const mib = 1 << 20
+	for _, mode := range []string{btrfs.QuotasFull, btrfs.QuotasSimple} {
+		t.Run(mode, func(t *testing.T) {
+			d, err := btrfs.New(newRoot(t, 512), &btrfs.Options{Quotas: mode, Size: 8 * mib})
+			testenv.SkipUnsupported(t, err, "btrfs")
+			require.NoError(t, err)
+			defer d.Close()
+			ctx := t.Context()
+			base := fill(t, d, "base", "")
+			require.NoError(t, ioctl.Create(base+"/vol"))
+			require.NoError(t, d.Create(ctx, "child", "base", nil))
+			require.NoError(t, d.Clone(ctx, "clone", "child", nil))
+			for _, id := range []string{"child", "clone"} {
+				path := edit(t, d, id)
+				require.ErrorIs(t, write(path+"/big", 24*mib), unix.EDQUOT, id)
+				require.NoError(t, os.Remove(path+"/big"))
+				require.NoError(t, write(path+"/vol/big", 24*mib), id)
+				info, err := d.Stat(ctx, id, &layerfs.StatOptions{Usage: true})
+				require.NoError(t, err)
+				require.GreaterOrEqual(t, info.Usage.Bytes, int64(24*mib), "it can be seen")
+			}
+		})
+	}
+}
+
 // TestQuotaIsDurable: when the record of a layer is on the disk, its limit is.
 func TestQuotaIsDurable(t *testing.T) {
 	const mib = 1 << 20
