@@ -12,6 +12,8 @@ import (
 	"github.com/stretchr/testify/require"
 	"golang.org/x/sys/unix"
 
+	"github.com/layerfs/layerfs"
+	"github.com/layerfs/layerfs/internal/layerdir"
 	"github.com/layerfs/layerfs/internal/testenv"
 )
 
@@ -78,7 +80,17 @@ func (x *Template) make(dir string) error {
 // kernel has each once.
 func (x *Template) write(root string) error {
 	home := filepath.Join(root, homeDir)
-	if err := os.MkdirAll(filepath.Join(home, "devicemapper"), 0o711); err != nil {
+	if err := os.MkdirAll(home, 0o711); err != nil {
+		return err
+	}
+	dir, err := layerdir.Open(home, layerfs.DurabilityNone) // refuses files without its own
+	if err != nil {
+		return err
+	}
+	if err := dir.Close(); err != nil {
+		return err
+	}
+	if err := os.Mkdir(filepath.Join(home, "devicemapper"), 0o711); err != nil {
 		return err
 	}
 	if err := os.Chmod(root, 0o755); err != nil {
