@@ -2,6 +2,7 @@ package archive
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -845,21 +846,14 @@ func readEntries(fd int) ([]dirEntry, error) {
 }
 
 // entryType returns the tar type of a name in a directory that is listed with
-// type dt. File systems need not tell it, which costs a stat (readdir(3),
-// DT_UNKNOWN). A name that is gone by now has none.
+// type dt, which may be unknown. A name that is gone by now has none.
 func entryType(dir int, name string, dt byte) (byte, error) {
-	if dt == unix.DT_UNKNOWN {
-		var st unix.Stat_t
-		_, err := ignoringEINTR(func() (int, error) {
-			return 0, unix.Fstatat(dir, name, &st, unix.AT_SYMLINK_NOFOLLOW)
-		})
-		if err == unix.ENOENT {
+	dt, err := sys.EntryType(dir, name, dt)
+	if err != nil {
+		if errors.Is(err, unix.ENOENT) {
 			return 0, nil
 		}
-		if err != nil {
-			return 0, pathError("fstatat", name, err)
-		}
-		dt = byte(st.Mode & unix.S_IFMT >> 12) // IFTODT in <dirent.h>
+		return 0, err
 	}
 	switch dt {
 	case unix.DT_REG:

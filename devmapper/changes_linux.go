@@ -218,13 +218,10 @@ func (w *walker) list(fd int, all bool) ([]entry, error) {
 			if !all && e.Type != unix.DT_DIR && e.Type != unix.DT_UNKNOWN && !w.isChanged(e.Ino) {
 				continue
 			}
-			s, typ := string(e.Name), e.Type
-			if typ == unix.DT_UNKNOWN { // a file system without types in its directories
-				var st unix.Stat_t
-				if err := unix.Fstatat(fd, s, &st, unix.AT_SYMLINK_NOFOLLOW); err != nil {
-					return nil, &os.PathError{Op: "stat", Path: s, Err: err}
-				}
-				typ = byte(st.Mode & unix.S_IFMT >> 12)
+			s := string(e.Name)
+			typ, err := sys.EntryType(fd, s, e.Type)
+			if err != nil {
+				return nil, err
 			}
 			out = append(out, entry{s, e.Ino, typ == unix.DT_DIR})
 		}

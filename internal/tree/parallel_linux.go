@@ -264,15 +264,12 @@ func (w *parallel) read(d *Dir, buf []byte) (next job, ok bool, err error) {
 // to be read next; the rest is pushed.
 func (w *parallel) visit(j job) (next job, ok bool, err error) {
 	for i, e := range j.entries {
-		if e.typ == unix.DT_UNKNOWN {
-			var st unix.Stat_t
-			if err := unix.Fstatat(j.dir.FD, e.name, &st, unix.AT_SYMLINK_NOFOLLOW); err != nil {
-				if err := gone("fstatat", j.dir.Path(e.name), err); err != nil {
-					return job{}, false, err
-				}
-				continue
+		typ, err := sys.EntryType(j.dir.FD, e.name, e.typ)
+		if err != nil {
+			if err := gone("fstatat", j.dir.Path(e.name), err); err != nil {
+				return job{}, false, err
 			}
-			e.typ = uint8(st.Mode >> 12 & 0xf) // DT_x is S_IFx >> 12, dirent.h
+			continue
 		}
 		if i > 0 && w.failed.Load() {
 			return job{}, false, nil
@@ -280,8 +277,8 @@ func (w *parallel) visit(j job) (next job, ok bool, err error) {
 		if err := w.ctx.Err(); err != nil {
 			return job{}, false, err
 		}
-		if e.typ != unix.DT_DIR {
-			if err := w.v.Entry(j.dir, e.name, e.typ); err != nil {
+		if typ != unix.DT_DIR {
+			if err := w.v.Entry(j.dir, e.name, typ); err != nil {
 				return job{}, false, err
 			}
 			continue
