@@ -129,12 +129,19 @@ func (i *inode) dropBacking(s *Server) {
 	b := i.back
 	i.back = nil
 	i.mu.Unlock()
-	if b != nil {
-		s.mu.Lock()
-		s.nBacked--
-		s.mu.Unlock()
-		s.closeBacking(b)
+	s.giveUp(b)
+}
+
+// giveUp closes a backing that was counted and that no inode has any more; nil
+// is none. s.mu is not held.
+func (s *Server) giveUp(b *backing) {
+	if b == nil {
+		return
 	}
+	s.mu.Lock()
+	s.nBacked--
+	s.mu.Unlock()
+	s.closeBacking(b)
 }
 
 func (s *Server) closeBacking(b *backing) {
@@ -168,10 +175,7 @@ func (s *Server) pass(i *inode, have *unionfs.File) (id int32, ok bool, st fuse.
 			return 0, false, fuse.Status(unix.ESTALE)
 		}
 		i.back = nil
-		s.closeBacking(b)
-		s.mu.Lock()
-		s.nBacked--
-		s.mu.Unlock()
+		s.giveUp(b)
 	}
 	var f *unionfs.File
 	var err error
@@ -248,20 +252,12 @@ func (s *Server) DropIdle() {
 	s.mu.Unlock()
 	for _, i := range all {
 		i.mu.Lock()
-		b := i.back
-		if i.open > 0 {
-			b = nil
-		}
-		if b != nil {
-			i.back = nil
+		var b *backing
+		if i.open == 0 {
+			b, i.back = i.back, nil
 		}
 		i.mu.Unlock()
-		if b != nil {
-			s.mu.Lock()
-			s.nBacked--
-			s.mu.Unlock()
-			s.closeBacking(b)
-		}
+		s.giveUp(b)
 	}
 }
 
@@ -291,12 +287,7 @@ func (h *handle) close() {
 			b, h.i.back = h.i.back, nil
 		}
 		h.i.mu.Unlock()
-		if b != nil {
-			h.s.mu.Lock()
-			h.s.nBacked--
-			h.s.mu.Unlock()
-			h.s.closeBacking(b)
-		}
+		h.s.giveUp(b)
 	}
 	h.mu.Lock()
 	f := h.file

@@ -488,10 +488,7 @@ func (r *restorer) backing(id, order uint64, b []byte) {
 			back.file = f
 		}
 	}
-	if i.back != nil {
-		s.closeBacking(i.back)
-		s.nBacked--
-	}
+	s.giveUp(i.back)
 	i.back, i.used = back, true
 	if r.order == nil {
 		r.order = map[*inode]uint64{}
