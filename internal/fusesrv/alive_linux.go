@@ -28,20 +28,12 @@ func (s *Server) Alive() bool {
 // Device calls f while the device, which the number of Serve or Resume still
 // stands for, cannot be closed. The error says that it has been.
 func (s *Server) Device(f func()) error {
-	raw, err := s.f.SyscallConn()
-	if err != nil {
-		return err
-	}
-	return raw.Control(func(uintptr) { f() })
+	return s.raw.Control(func(uintptr) { f() })
 }
 
 // pending reports whether a request waits: fuse_dev_poll() gives POLLIN then.
 func (s *Server) pending() (waits bool, err error) {
-	raw, err := s.f.SyscallConn()
-	if err != nil {
-		return false, err
-	}
-	err = raw.Control(func(fd uintptr) {
+	err = s.raw.Control(func(fd uintptr) {
 		p := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
 		n, err := unix.Poll(p, 0)
 		waits = err == nil && n == 1 && p[0].Revents&(unix.POLLIN|unix.POLLERR) == unix.POLLIN

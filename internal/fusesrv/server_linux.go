@@ -12,6 +12,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"github.com/hanwen/go-fuse/v2/fuse"
@@ -69,17 +70,15 @@ type Stats struct {
 // A Server serves one mount.
 type Server struct {
 	fuse.RawFileSystem
-	cfg Config
-	fs  *unionfs.FS
-	log *slog.Logger
-	ps  *fuse.ProtocolServer
-	f   *os.File
-	fd  int
-	raw interface {
-		Read(func(uintptr) bool) error
-	}
-	minor uint32 // of the protocol
-	flags uint64 // negotiated
+	cfg   Config
+	fs    *unionfs.FS
+	log   *slog.Logger
+	ps    *fuse.ProtocolServer
+	f     *os.File
+	fd    int
+	raw   syscall.RawConn // of f
+	minor uint32          // of the protocol
+	flags uint64          // negotiated
 
 	maxWrite int
 	want     int32
