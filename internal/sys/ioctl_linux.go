@@ -34,32 +34,46 @@ func ioc[T any](dir, typ, nr uint) uint {
 // Ioctl calls ioctl(2) with a pointer to arg and retries EINTR. The error is
 // an *os.PathError whose Op is name.
 func Ioctl[T any](f *os.File, name string, req uint, arg *T) error {
-	return ioctl(f, name, req, uintptr(unsafe.Pointer(arg)), arg)
+	err := IoctlFD(int(f.Fd()), f.Name(), name, req, arg)
+	runtime.KeepAlive(f)
+	return err
+}
+
+// IoctlFD is [Ioctl] on a bare descriptor, for those who open one for a call or
+// two: an *os.File would cost as much as the call. path is for the error.
+func IoctlFD[T any](fd int, path, name string, req uint, arg *T) error {
+	return ioctl(path, name, func() unix.Errno {
+		_, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(fd), uintptr(req), uintptr(unsafe.Pointer(arg)))
+		return errno
+	})
 }
 
 // IoctlInt calls ioctl(2) with a plain number.
 func IoctlInt(f *os.File, name string, req uint, arg int) error {
-	return ioctl(f, name, req, uintptr(arg), nil)
+	err := ioctl(f.Name(), name, func() unix.Errno {
+		_, _, errno := unix.Syscall(unix.SYS_IOCTL, f.Fd(), uintptr(req), uintptr(arg))
+		return errno
+	})
+	runtime.KeepAlive(f)
+	return err
 }
 
 // IoctlBytes calls ioctl(2) with a pointer to the first byte of a buffer that
 // holds a header with data behind it. The buffer must not be empty.
 func IoctlBytes(f *os.File, name string, req uint, buf []byte) error {
-	return ioctl(f, name, req, uintptr(unsafe.Pointer(unsafe.SliceData(buf))), buf)
+	return Ioctl(f, name, req, unsafe.SliceData(buf))
 }
 
-//go:uintptrescapes
-func ioctl(f *os.File, name string, req uint, arg uintptr, keep any) error {
+func ioctl(path, name string, call func() unix.Errno) error {
 	for {
-		_, _, errno := unix.Syscall(unix.SYS_IOCTL, f.Fd(), uintptr(req), arg)
-		runtime.KeepAlive(keep)
-		switch errno {
+		switch errno := call(); errno {
 		case 0:
 			return nil
 		case unix.EINTR:
 			continue
+		default:
+			return &os.PathError{Op: name, Path: path, Err: errno}
 		}
-		return &os.PathError{Op: name, Path: f.Name(), Err: errno}
 	}
 }
 
