@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"io/fs"
 	"os"
@@ -72,11 +73,54 @@ func TestSubvolumes(t *testing.T) {
 	require.Equal(t, "b", p)
 	check(t, Commit(mnt))
 	check(t, Sync(mnt))
-	check(t, DestroyByID(f, ib.ID))
-	require.ErrorIs(t, DestroyByID(f, ib.ID), fs.ErrNotExist)
+	check(t, DestroyByID(t.Context(), f, ib.ID))
+	require.ErrorIs(t, DestroyByID(t.Context(), f, ib.ID), fs.ErrNotExist)
 	require.NoFileExists(t, b)
 	check(t, Destroy(a))
 	require.ErrorIs(t, Destroy(a), fs.ErrNotExist)
+}
+
+// TestDestroyByID removes what is nested too, and only that.
+func TestDestroyByID(t *testing.T) {
+	mnt := mountBtrfs(t, 256)
+	top := filepath.Join(mnt, "top")
+	check(t, Create(mnt+"/other"))
+	check(t, Create(mnt+"/other/nested"))
+	check(t, Create(top))
+	for i := range 300 { // more references than one search returns
+		check(t, Create(fmt.Sprint(top, "/", i)))
+	}
+	deepest := top + "/0"
+	for range 4 {
+		deepest += "/deep"
+		check(t, Create(deepest))
+	}
+	write(t, deepest+"/f", "x")
+	info, err := Info(top)
+	check(t, err)
+	f, err := openDir(mnt)
+	check(t, err)
+	defer f.Close()
+
+	canceled, cancel := context.WithCancel(t.Context())
+	cancel()
+	require.ErrorIs(t, DestroyByID(canceled, f, info.ID), context.Canceled)
+	require.FileExists(t, deepest+"/f")
+
+	holder := filepath.Dir(deepest)
+	check(t, SetReadOnly(holder, true))
+	require.ErrorIs(t, DestroyByID(t.Context(), f, info.ID), unix.EROFS)
+	require.FileExists(t, deepest+"/f")
+	check(t, SetReadOnly(holder, false))
+	check(t, DestroyByID(t.Context(), f, info.ID))
+	left, err := Nested(mnt)
+	check(t, err)
+	var paths []string
+	for _, n := range left {
+		paths = append(paths, n.Path)
+	}
+	require.Equal(t, []string{"other/nested", "other"}, paths)
+	require.NoDirExists(t, top)
 }
 
 func TestDestroyNested(t *testing.T) {

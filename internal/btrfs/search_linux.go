@@ -22,6 +22,7 @@ const (
 	itemInodeExtref  = 13
 	itemRoot         = 132
 	itemRootBackref  = 144
+	itemRootRef      = 156
 	itemChunk        = 228
 	itemQgroupStatus = 240
 	itemQgroupInfo   = 242

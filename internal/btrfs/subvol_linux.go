@@ -95,11 +95,10 @@ type Dir struct{ F *os.File }
 // subvolumes are nested in src, which a snapshot would lack, it makes none and
 // returns true.
 func (d Dir) FreezeAndSnapshot(name, src string) (nested bool, err error) {
-	args := &sys.BtrfsVolArgsV2{}
-	if len(name) > maxName {
-		return false, &os.PathError{Op: "snapshot", Path: d.path(name), Err: unix.ENAMETOOLONG}
+	args, err := argsV2("snapshot", d.path(name), name)
+	if err != nil {
+		return false, err
 	}
-	copy(args.Name[:], name)
 	path := d.path(src)
 	from, err := sys.Openat(int(d.F.Fd()), src, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW, 0)
 	if err != nil {
@@ -107,7 +106,7 @@ func (d Dir) FreezeAndSnapshot(name, src string) (nested bool, err error) {
 	}
 	defer unix.Close(from)
 	// Before the snapshot, so that there is none of what can be written.
-	if err := freeze(from, path); err != nil {
+	if err := setFlag(from, path, true); err != nil {
 		return false, err
 	}
 	refs := &sys.BtrfsRootRefs{}
@@ -120,18 +119,6 @@ func (d Dir) FreezeAndSnapshot(name, src string) (nested bool, err error) {
 	}
 	args.FD = int64(from)
 	return false, atPath(d.path(name), sys.Ioctl(d.F, "ioctl BTRFS_IOC_SNAP_CREATE_V2", sys.BtrfsIocSnapCreateV2, args))
-}
-
-func freeze(fd int, path string) error {
-	var flags uint64
-	if err := sys.IoctlFD(fd, path, "ioctl BTRFS_IOC_SUBVOL_GETFLAGS", sys.BtrfsIocSubvolGetFlags, &flags); err != nil {
-		return notBtrfs(err)
-	}
-	if flags&flagReadOnly != 0 {
-		return nil
-	}
-	flags |= flagReadOnly
-	return sys.IoctlFD(fd, path, "ioctl BTRFS_IOC_SUBVOL_SETFLAGS", sys.BtrfsIocSubvolSetFlags, &flags)
 }
 
 // Destroy is [Destroy] of a subvolume in the directory.
@@ -216,12 +203,31 @@ func destroy(dir *os.File, path string) error {
 var errNotSubvolume = errors.New("not a btrfs subvolume")
 
 // DestroyByID removes a subvolume by its id, wherever it is in the file system
-// that fs is on, also below a path that cannot be reached. Like [Destroy] it
-// does not remove nested ones. It needs CAP_SYS_ADMIN. The error matches
-// fs.ErrNotExist if there is none.
+// that fs is on, also below a path that cannot be reached, and all that are
+// nested in it, the deepest first. Like [DestroyAll] it is not atomic. It needs
+// CAP_SYS_ADMIN. The error matches fs.ErrNotExist if there is none, and
+// [unix.EROFS] if one that holds others is read-only, where DestroyAll, which has
+// a path, clears the flag.
 //
-// Kernel: BTRFS_IOC_SNAP_DESTROY_V2 with BTRFS_SUBVOL_SPEC_BY_ID, Linux 5.7.
-func DestroyByID(fs *os.File, id uint64) error {
+// Kernel: BTRFS_IOC_SNAP_DESTROY_V2 with BTRFS_SUBVOL_SPEC_BY_ID, Linux 5.7; the
+// items that refer to nested ones are in the root tree.
+func DestroyByID(ctx context.Context, fs *os.File, id uint64) error {
+	var nested []uint64
+	refs := Range{Min: Key{id, itemRootRef, 0}, Max: Key{id, itemRootRef, ^uint64(0)}}
+	for item, err := range search(fs, treeRoot, refs, 4<<10) {
+		if err != nil {
+			return err
+		}
+		nested = append(nested, item.Offset)
+	}
+	for _, n := range nested {
+		if err := DestroyByID(ctx, fs, n); err != nil && !errors.Is(err, os.ErrNotExist) {
+			return err
+		}
+	}
+	if err := ctx.Err(); err != nil {
+		return err
+	}
 	args := &sys.BtrfsVolArgsV2{Flags: flagSpecByID}
 	args.SetID(id)
 	err := sys.Ioctl(fs, "ioctl BTRFS_IOC_SNAP_DESTROY_V2", sys.BtrfsIocSnapDestroyV2, args)
@@ -416,27 +422,31 @@ func SetReadOnly(path string, readOnly bool) error {
 }
 
 func setReadOnly(f *os.File, readOnly bool) error {
-	var flags uint64
-	if err := sys.Ioctl(f, "ioctl BTRFS_IOC_SUBVOL_GETFLAGS", sys.BtrfsIocSubvolGetFlags, &flags); err != nil {
-		return notBtrfs(err)
-	}
-	want := flags &^ flagReadOnly
-	if readOnly {
-		want |= flagReadOnly
-	}
-	if want != flags {
-		if err := sys.Ioctl(f, "ioctl BTRFS_IOC_SUBVOL_SETFLAGS", sys.BtrfsIocSubvolSetFlags, &want); err != nil {
-			return err
-		}
-	}
-	if readOnly {
-		return nil
+	if err := setFlag(int(f.Fd()), f.Name(), readOnly); err != nil || readOnly {
+		return err
 	}
 	info, err := infoOf(f)
 	if err != nil || info.ReceivedUUID.IsZero() {
 		return err
 	}
 	return sys.Ioctl(f, "ioctl BTRFS_IOC_SET_RECEIVED_SUBVOL", sys.BtrfsIocSetReceived, &sys.BtrfsReceivedArgs{})
+}
+
+// setFlag sets or clears the read-only flag of the subvolume that fd is, which
+// path names in errors.
+func setFlag(fd int, path string, readOnly bool) error {
+	var flags uint64
+	if err := sys.IoctlFD(fd, path, "ioctl BTRFS_IOC_SUBVOL_GETFLAGS", sys.BtrfsIocSubvolGetFlags, &flags); err != nil {
+		return notBtrfs(err)
+	}
+	want := flags &^ flagReadOnly
+	if readOnly {
+		want |= flagReadOnly
+	}
+	if want == flags { // a change is a commit
+		return nil
+	}
+	return sys.IoctlFD(fd, path, "ioctl BTRFS_IOC_SUBVOL_SETFLAGS", sys.BtrfsIocSubvolSetFlags, &want)
 }
 
 // IsReadOnly reports whether the subvolume at path has the read-only flag.
@@ -619,19 +629,29 @@ func PathOf(f *os.File, id uint64) (string, error) {
 // volArgs opens the directory of path and puts its last component into args.
 func volArgs(path string) (*os.File, *sys.BtrfsVolArgsV2, error) {
 	name := filepath.Base(path)
-	if len(name) > maxName {
-		return nil, nil, &os.PathError{Op: "open", Path: path, Err: unix.ENAMETOOLONG}
-	}
 	if name == "." || name == ".." || name == string(filepath.Separator) {
 		return nil, nil, &os.PathError{Op: "open", Path: path, Err: unix.EINVAL}
+	}
+	args, err := argsV2("open", path, name)
+	if err != nil {
+		return nil, nil, err
 	}
 	dir, err := openDir(filepath.Dir(path))
 	if err != nil {
 		return nil, nil, err
 	}
+	return dir, args, nil
+}
+
+// argsV2 returns arguments with a name; op and path are those of the error if it
+// is too long.
+func argsV2(op, path, name string) (*sys.BtrfsVolArgsV2, error) {
+	if len(name) > maxName {
+		return nil, &os.PathError{Op: op, Path: path, Err: unix.ENAMETOOLONG}
+	}
 	args := &sys.BtrfsVolArgsV2{}
 	copy(args.Name[:], name)
-	return dir, args, nil
+	return args, nil
 }
 
 // openDir is os.OpenFile without a look at what kind of file it is.
