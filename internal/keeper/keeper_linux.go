@@ -143,7 +143,7 @@ func start(dir string) error {
 		return err
 	}
 	defer r.Close()
-	logFile, err := openLog(dir)
+	logFile, err := sys.OpenLog(filepath.Join(dir, logName), maxLog)
 	if err != nil {
 		w.Close()
 		return err
@@ -166,16 +166,6 @@ func start(dir string) error {
 }
 
 const ready = "ready"
-
-func openLog(dir string) (*os.File, error) {
-	path := filepath.Join(dir, logName)
-	if fi, err := os.Stat(path); err == nil && fi.Size() > maxLog {
-		if err := os.Rename(path, path+".old"); err != nil {
-			return nil, err
-		}
-	}
-	return os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_APPEND|unix.O_NOFOLLOW, 0o600)
-}
 
 // trimLog moves what is in the log to log.old when it is long. Both processes
 // have the file open, and append: so it is emptied and not replaced. What is

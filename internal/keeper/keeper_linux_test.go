@@ -21,6 +21,7 @@ import (
 	"github.com/stretchr/testify/require"
 	"golang.org/x/sys/unix"
 
+	"github.com/layerfs/layerfs/internal/sys"
 	"github.com/layerfs/layerfs/internal/testenv"
 )
 
@@ -791,7 +792,7 @@ func TestBacklog(t *testing.T) {
 func TestTrimLog(t *testing.T) {
 	dir := t.TempDir()
 	require.NoError(t, trimLog(dir, os.Stderr), "no log")
-	f, err := openLog(dir)
+	f, err := sys.OpenLog(dir+"/"+logName, maxLog)
 	require.NoError(t, err)
 	defer f.Close()
 	read := func(name string) string {

@@ -112,10 +112,7 @@ func logTo(path string) {
 	if path == "" {
 		return
 	}
-	if fi, err := os.Lstat(path); err == nil && fi.Size() > maxLog {
-		_ = os.Rename(path, path+".old")
-	}
-	f, err := os.OpenFile(path, os.O_WRONLY|os.O_APPEND|os.O_CREATE, 0o600)
+	f, err := sys.OpenLog(path, maxLog)
 	if err != nil {
 		return
 	}
