@@ -21,6 +21,7 @@ import (
 
 	"github.com/layerfs/layerfs"
 	"github.com/layerfs/layerfs/archive"
+	"github.com/layerfs/layerfs/internal/sys"
 	"github.com/layerfs/layerfs/internal/testenv"
 	"github.com/layerfs/layerfs/internal/tree"
 	"github.com/layerfs/layerfs/whiteout"
@@ -200,7 +201,7 @@ func TestBreakouts(t *testing.T) {
 // scratch returns a directory that can have any xattr, in memory if possible:
 // unmounting an overlay syncs its upper file system.
 func scratch(t *testing.T) string {
-	if testenv.KernelHas("6.6") { // user xattrs on tmpfs
+	if sys.KernelAtLeast(6, 6) { // user xattrs on tmpfs
 		return testenv.Tmpfs(t)
 	}
 	return t.TempDir()

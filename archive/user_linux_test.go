@@ -12,6 +12,7 @@ import (
 
 	"github.com/layerfs/layerfs"
 	"github.com/layerfs/layerfs/archive"
+	"github.com/layerfs/layerfs/internal/sys"
 	"github.com/layerfs/layerfs/internal/testenv"
 	"github.com/layerfs/layerfs/internal/tree"
 	"github.com/layerfs/layerfs/whiteout"
@@ -144,7 +145,7 @@ func TestXattrWhiteouts(t *testing.T) {
 			tree.Build(t, got, base...)
 			require.NoError(t, applyBytes(t, got, out.Bytes(), nil))
 			requireSame(t, want, got, &tree.CompareOptions{IgnoreTimes: true})
-			if form == whiteout.OverlayXattr && testenv.KernelHas("6.8") {
+			if form == whiteout.OverlayXattr && sys.KernelAtLeast(6, 8) {
 				// The kernel honours such whiteouts in lower layers but the lowest.
 				tree.Build(t, filepath.Join(dir, "top"))
 				stackMount(t, dir, "", []string{upper, lower}, func(m string) {

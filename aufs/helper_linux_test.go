@@ -21,6 +21,7 @@ import (
 
 	"github.com/layerfs/layerfs"
 	"github.com/layerfs/layerfs/aufs"
+	"github.com/layerfs/layerfs/internal/sys"
 	"github.com/layerfs/layerfs/internal/testenv"
 	"github.com/layerfs/layerfs/internal/unionhost"
 )
@@ -309,7 +310,7 @@ func inodes(t *testing.T, dir string) map[string]uint64 {
 // TestWorkerKilledCleanly: a kernel that does not send requests again gives
 // ENOTCONN when the worker is killed, and the next New and Get mount again.
 func TestWorkerKilledCleanly(t *testing.T) {
-	if testenv.KernelHas("6.9") {
+	if sys.KernelAtLeast(6, 9) {
 		t.Skip("the kernel sends requests again: TestWorkerKilled")
 	}
 	h := newHelped(t)

@@ -15,6 +15,7 @@ import (
 
 	"github.com/layerfs/layerfs"
 	"github.com/layerfs/layerfs/internal/mount"
+	"github.com/layerfs/layerfs/internal/sys"
 	"github.com/layerfs/layerfs/internal/testenv"
 )
 
@@ -196,7 +197,7 @@ func TestOverlayErrors(t *testing.T) {
 	base := testenv.Tmpfs(t)
 	d := dirs(t, base, "l", "u", "w", "m")
 	require.NoError(t, os.Symlink(d[3], filepath.Join(base, "link")))
-	explains := testenv.KernelHas("6.8")
+	explains := sys.KernelAtLeast(6, 8)
 	for _, method := range overlayMethods {
 		t.Run(method.String(), func(t *testing.T) {
 			requireMethod(t, method)

@@ -86,21 +86,6 @@ func RequireKernel(tb testing.TB, version, feature string) {
 	}
 }
 
-// KernelHas reports whether this is Linux of at least version, such as "6.8".
-// It is for what a test expects; what it needs is for [RequireKernel].
-func KernelHas(version string) bool {
-	want, err := parseVersion(version)
-	if err != nil {
-		return false
-	}
-	release, err := kernelRelease()
-	if err != nil {
-		return false
-	}
-	have, err := parseVersion(release)
-	return err == nil && !have.less(want)
-}
-
 // RequireFUSE skips the test unless it may mount FUSE file systems; backends are
 // as for [SkipUnsupported].
 func RequireFUSE(tb testing.TB, backends ...string) {
