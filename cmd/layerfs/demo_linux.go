@@ -43,12 +43,7 @@ func load() (string, bool) {
 // The error matches errors.ErrUnsupported where pages do not leave the cache,
 // as on tmpfs, where they are the files.
 func (m *demoMemory) measure(ctx context.Context, reader, other string) error {
-	dir, err := os.Open(other)
-	if err != nil {
-		return err
-	}
-	err = unix.Syncfs(int(dir.Fd())) // dirty pages stay
-	if err = errors.Join(err, dir.Close()); err != nil {
+	if err := sys.Syncfs(other); err != nil { // dirty pages stay
 		return err
 	}
 	for _, root := range []string{reader, other} {
@@ -56,6 +51,7 @@ func (m *demoMemory) measure(ctx context.Context, reader, other string) error {
 			return err
 		}
 	}
+	var err error
 	if m.Before, m.Bytes, err = resident(ctx, other); err != nil {
 		return err
 	}
