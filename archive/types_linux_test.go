@@ -6,7 +6,6 @@ import (
 	"context"
 	"errors"
 	"io"
-	"os"
 	"syscall"
 	"testing"
 
@@ -35,10 +34,7 @@ func (d *untyped) Readdir(context.Context) (fs.DirStream, syscall.Errno) {
 
 // TestWriteUntyped: what is in directories is not left out.
 func TestWriteUntyped(t *testing.T) {
-	testenv.RequireRoot(t)
-	if _, err := os.Stat("/dev/fuse"); err != nil {
-		t.Skip(err)
-	}
+	testenv.RequireFUSE(t)
 	root, ctx := new(untyped), context.Background()
 	dir := func(parent *fs.Inode, name string) *fs.Inode {
 		n := parent.NewPersistentInode(ctx, new(untyped), fs.StableAttr{Mode: syscall.S_IFDIR})
