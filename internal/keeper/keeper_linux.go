@@ -119,10 +119,15 @@ func Main(args []string, p Program) (status int, helper bool) {
 		err = fmt.Errorf("role %q", args[2])
 	}
 	if err != nil {
-		fmt.Fprintln(os.Stderr, time.Now().Format(time.RFC3339), args[2], err)
+		say(args[2], err)
 		return 1, true
 	}
 	return 0, true
+}
+
+// say writes a line of the log.
+func say(a ...any) {
+	fmt.Fprintln(os.Stderr, append([]any{time.Now().Format(time.RFC3339)}, a...)...)
 }
 
 // self is the program that runs, even if its file was replaced or removed.
@@ -418,7 +423,7 @@ func (k *keeper) run(w *worker, first func()) error {
 			}
 		}
 		w = nil
-		fmt.Fprintln(os.Stderr, time.Now().Format(time.RFC3339), "worker:", err)
+		say("worker:", err)
 		if k.hopeless(err) {
 			return fmt.Errorf("the worker dies again and again: %w", errors.Join(err, k.abort()))
 		}
@@ -579,15 +584,15 @@ func (k *keeper) attend(w *worker) error {
 	for {
 		// What a worker says before it has been given all has to wait: the items
 		// are being read.
-		var say chan got
+		var said chan got
 		if handed == nil {
-			say = in
+			said = in
 		}
 		select {
 		case reads = <-handed:
 			handed = nil
 			heard = time.Now()
-		case g := <-say:
+		case g := <-said:
 			switch g.m.Op {
 			case opPong, opReady, opNext:
 				// Not what it stores: a part of it may work, and not the whole.
@@ -617,7 +622,7 @@ func (k *keeper) attend(w *worker) error {
 			return err
 		case <-beat.C:
 			if err := trimLog(k.dir, os.Stderr); err != nil {
-				fmt.Fprintln(os.Stderr, time.Now().Format(time.RFC3339), "log:", err)
+				say("log:", err)
 			}
 			switch {
 			case time.Since(heard) < k.silence:
@@ -630,7 +635,7 @@ func (k *keeper) attend(w *worker) error {
 			case time.Since(killed) > k.pulse:
 				// It waits in the kernel, maybe for a mount that waits for it.
 				if err := k.abort(); err != nil {
-					fmt.Fprintln(os.Stderr, time.Now().Format(time.RFC3339), "abort:", err)
+					say("abort:", err)
 				}
 			}
 		}
@@ -687,7 +692,7 @@ func (k *keeper) handle(w *worker, m message, fds []int) {
 	case opReady:
 		k.ready = true
 		if err := k.proven(w); err != nil {
-			fmt.Fprintln(os.Stderr, time.Now().Format(time.RFC3339), "program of the worker:", err)
+			say("program of the worker:", err)
 		}
 	case opNext:
 		k.next, k.ready = true, true

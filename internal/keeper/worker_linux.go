@@ -195,7 +195,7 @@ func (w *Worker) tend(l *link) {
 	pause := time.Duration(0)
 	for {
 		if err := w.listen(l); !errors.Is(err, io.EOF) && !errors.Is(err, unix.ECONNRESET) {
-			fmt.Fprintln(os.Stderr, time.Now().Format(time.RFC3339), "keeper:", err)
+			say("keeper:", err)
 			l.kill() // there must not be two
 		}
 		select {
@@ -225,13 +225,13 @@ func (w *Worker) tend(l *link) {
 			w.mu.Unlock()
 			var err error
 			if l, err = w.startKeeper(); err != nil {
-				fmt.Fprintln(os.Stderr, time.Now().Format(time.RFC3339), "another keeper:", err)
+				say("another keeper:", err)
 			}
 			w.mu.Lock()
 			w.set(l, false)
 			w.mu.Unlock()
 		}
-		fmt.Fprintln(os.Stderr, time.Now().Format(time.RFC3339), "the keeper was killed; there is another:", l.pid)
+		say("the keeper was killed; there is another:", l.pid)
 		go w.handOver(l)
 	}
 }
@@ -316,7 +316,7 @@ func (w *Worker) handOver(l *link) {
 			close(l.whole)
 			return
 		}
-		fmt.Fprintln(os.Stderr, time.Now().Format(time.RFC3339), "hand over to another keeper:", err)
+		say("hand over to another keeper:", err)
 		select {
 		case <-l.lost:
 			return
@@ -452,7 +452,7 @@ func (w *Worker) tellOn(l *link, m message, fds ...int) error {
 // ago.
 func (w *Worker) killSilent(l *link, began time.Time) {
 	if time.Since(began) > w.silence {
-		fmt.Fprintln(os.Stderr, time.Now().Format(time.RFC3339), "the keeper gives no sign of life")
+		say("the keeper gives no sign of life")
 		l.kill()
 	}
 }
@@ -524,7 +524,7 @@ func (w *Worker) drop(l *link) {
 			l.mu.Unlock()
 			return
 		default:
-			fmt.Fprintln(os.Stderr, time.Now().Format(time.RFC3339), "drop:", err)
+			say("drop:", err)
 		}
 	}
 }
@@ -626,7 +626,7 @@ func (w *Worker) patiently(f func() error) error {
 			return err
 		}
 		if !told {
-			fmt.Fprintln(os.Stderr, time.Now().Format(time.RFC3339), "calls wait:", err)
+			say("calls wait:", err)
 		}
 		select {
 		case <-w.closed:
