@@ -68,7 +68,7 @@ type message struct {
 	Name string
 	Conn int
 	Seq  uint64
-	Argv [][]byte
+	Argv sys.ByteStrings
 }
 
 const (
@@ -697,11 +697,7 @@ func (k *keeper) handle(w *worker, m message, fds []int) {
 	case opNext:
 		k.next, k.ready = true, true
 		if len(m.Argv) > 0 {
-			var argv []string
-			for _, a := range m.Argv {
-				argv = append(argv, string(a))
-			}
-			k.start = program{argv[0], append(argv, Arg, roleWork, k.dir)}
+			k.start = program{m.Argv[0], append(m.Argv, Arg, roleWork, k.dir)}
 		}
 	}
 	CloseAll(fds)

@@ -534,10 +534,7 @@ func (w *Worker) drop(l *link) {
 // matches [ErrNoKeeper] if there is none that has all: the worker must not end
 // then.
 func (w *Worker) Next(argv []string) error {
-	next := message{Op: opNext}
-	for _, a := range argv {
-		next.Argv = append(next.Argv, []byte(a))
-	}
+	next := message{Op: opNext, Argv: argv}
 	enough := time.NewTimer(w.silence)
 	defer enough.Stop()
 	for {

@@ -246,11 +246,7 @@ func (c *Client) Replace(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	req := &request{Op: opReplace}
-	for _, a := range argv {
-		req.Argv = append(req.Argv, []byte(a))
-	}
-	_, err = c.call(ctx, req)
+	_, err = c.call(ctx, &request{Op: opReplace, Argv: argv})
 	return err
 }
 

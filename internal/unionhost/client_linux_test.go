@@ -19,6 +19,7 @@ import (
 
 	"github.com/layerfs/layerfs/internal/keeper"
 	"github.com/layerfs/layerfs/internal/mount"
+	"github.com/layerfs/layerfs/internal/sys"
 	"github.com/layerfs/layerfs/internal/testenv"
 )
 
@@ -184,7 +185,7 @@ func TestPaths(t *testing.T) {
 	require.NoError(t, c.Insert(ctx, target, -1, Branch{low, "ro"}))
 	before, err := c.Info(ctx)
 	require.NoError(t, err)
-	require.Equal(t, [][]byte{[]byte(target)}, before.Mounts)
+	require.Equal(t, sys.ByteStrings{target}, before.Mounts)
 	require.NoError(t, unix.Kill(before.PID, unix.SIGKILL))
 	list, err := c.Branches(ctx, target)
 	require.NoError(t, err)
@@ -387,6 +388,6 @@ func TestKilledMeanwhile(t *testing.T) {
 	require.Eventually(t, func() bool {
 		info, err := s.Info(ctx)
 		require.NoError(t, err)
-		return len(info.Mounts) == 1 && string(info.Mounts[0]) == s.target
+		return len(info.Mounts) == 1 && info.Mounts[0] == s.target
 	}, 10*time.Second, 5*time.Millisecond)
 }

@@ -230,7 +230,7 @@ func (h *host) do(req *request) (ans answer, err error) {
 		ans.Info = &Info{Version: Version, PID: os.Getpid(), Keeper: h.w.Keeper()}
 		h.mu.Lock()
 		for _, u := range h.unions {
-			ans.Info.Mounts = append(ans.Info.Mounts, []byte(u.cfg.Target))
+			ans.Info.Mounts = append(ans.Info.Mounts, u.cfg.Target)
 		}
 		h.tired = h.tired || req.Op == opRest && len(h.unions) == 0
 		h.mu.Unlock()
@@ -239,11 +239,7 @@ func (h *host) do(req *request) (ans answer, err error) {
 		h.wait(string(req.Target))
 		return ans, nil
 	case opReplace:
-		var argv []string
-		for _, a := range req.Argv {
-			argv = append(argv, string(a))
-		}
-		return ans, h.next(argv)
+		return ans, h.next(req.Argv)
 	}
 	u := h.find(string(req.Target))
 	if u == nil {

@@ -4,6 +4,8 @@ import (
 	"encoding/json"
 	"errors"
 	"syscall"
+
+	"github.com/layerfs/layerfs/internal/sys"
 )
 
 // A Branch is a directory of a union, with a permission in the notation of
@@ -32,7 +34,7 @@ type Info struct {
 	Version int // of the calls; see Version
 	PID     int // of the worker
 	Keeper  int // of the process that starts another; 0 if there is none
-	Mounts  [][]byte
+	Mounts  sys.ByteStrings
 }
 
 // Version is that of the calls and of the state. It is raised when an earlier
@@ -55,7 +57,7 @@ type request struct {
 	Is     place   // of the branch
 	Are    []place // of the branches
 	Conn   int
-	Argv   [][]byte
+	Argv   sys.ByteStrings
 }
 
 // place is which directory a path leads to, for whoever asks. It need not be the

@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"path/filepath"
 	"strings"
+
+	"github.com/layerfs/layerfs/internal/sys"
 )
 
 // Self is the program that runs, even if its file was replaced or removed.
@@ -159,11 +161,7 @@ func (p *Plan) absolute() (err error) {
 // MarshalJSON implements json.Marshaler: paths are bytes, and strings of JSON are
 // not.
 func (p Plan) MarshalJSON() ([]byte, error) {
-	w := wirePlan{plainPlan: plainPlan(p), Target: []byte(p.Target), Upper: []byte(p.Upper), Log: []byte(p.Log)}
-	for _, dir := range p.Lowers {
-		w.Lowers = append(w.Lowers, []byte(dir))
-	}
-	return json.Marshal(w)
+	return json.Marshal(wirePlan{plainPlan(p), []byte(p.Target), []byte(p.Upper), []byte(p.Log), p.Lowers})
 }
 
 // UnmarshalJSON implements json.Unmarshaler.
@@ -171,10 +169,7 @@ func (p *Plan) UnmarshalJSON(b []byte) error {
 	var w wirePlan
 	err := json.Unmarshal(b, &w)
 	*p = Plan(w.plainPlan)
-	p.Target, p.Upper, p.Log, p.Lowers = string(w.Target), string(w.Upper), string(w.Log), nil
-	for _, dir := range w.Lowers {
-		p.Lowers = append(p.Lowers, string(dir))
-	}
+	p.Target, p.Upper, p.Log, p.Lowers = string(w.Target), string(w.Upper), string(w.Log), w.Lowers
 	return err
 }
 
@@ -183,5 +178,5 @@ type plainPlan Plan
 type wirePlan struct {
 	plainPlan
 	Target, Upper, Log []byte // in place of the others
-	Lowers             [][]byte
+	Lowers             sys.ByteStrings
 }
