@@ -227,7 +227,7 @@ func (h *host) do(req *request) (ans answer, err error) {
 	ctx := context.Background()
 	switch req.Op {
 	case opInfo, opRest:
-		ans.Info = &Info{Version: Version, PID: os.Getpid(), Keeper: h.w.Keeper()}
+		ans.Info = &Info{PID: os.Getpid(), Keeper: h.w.Keeper()}
 		h.mu.Lock()
 		for _, u := range h.unions {
 			ans.Info.Mounts = append(ans.Info.Mounts, u.cfg.Target)
@@ -710,7 +710,7 @@ func (h *host) resume(items []keeper.Item) error {
 		h.last = max(h.last, number(it.Name))
 		connected := len(it.FDs) > 0 && fusesrv.Connected(it.FDs[0])
 		err := h.goOn(it, kept[it.Name])
-		if errors.Is(err, errLater) {
+		if errors.Is(err, fusesrv.ErrLaterState) {
 			return err
 		}
 		if err != nil {
@@ -731,9 +731,6 @@ func (h *host) resume(items []keeper.Item) error {
 	}
 	return nil
 }
-
-// errLater is fusesrv.ErrLaterState for what a union adds.
-var errLater = fusesrv.ErrLaterState
 
 // goOn goes on with one union. It takes over all descriptors.
 func (h *host) goOn(it keeper.Item, kept map[uint64]*os.File) (err error) {
@@ -767,7 +764,7 @@ func (h *host) goOn(it keeper.Item, kept map[uint64]*os.File) (err error) {
 		return fmt.Errorf("state: %w", err)
 	}
 	if v.Version > Version {
-		return fmt.Errorf("%w: %d, and this is %d", errLater, v.Version, Version)
+		return fmt.Errorf("%w: %d, and this is %d", fusesrv.ErrLaterState, v.Version, Version)
 	}
 	if err := keeper.Unmarshal(u.st.Meta(), &m); err != nil {
 		return fmt.Errorf("state: %w", err)

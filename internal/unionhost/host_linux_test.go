@@ -69,9 +69,9 @@ func TestGoOnFails(t *testing.T) {
 		"no state":       {nil, "no device and state"},
 		"empty state":    {empty, "a state of 0 bytes"},
 		"no blob":        {func(t *testing.T) int { return stateOf(t, nil) }, "state: "},
-		"later version":  {func(t *testing.T) int { return stateOf(t, blob(t, meta{Version + 1, missing})) }, errLater.Error()},
-		"later form":     {func(t *testing.T) int { return stateOf(t, blob(t, laterMeta{Version + 1, 3})) }, errLater.Error()},
-		"later state":    {laterState, errLater.Error()},
+		"later version":  {func(t *testing.T) int { return stateOf(t, blob(t, meta{Version + 1, missing})) }, fusesrv.ErrLaterState.Error()},
+		"later form":     {func(t *testing.T) int { return stateOf(t, blob(t, laterMeta{Version + 1, 3})) }, fusesrv.ErrLaterState.Error()},
+		"later state":    {laterState, fusesrv.ErrLaterState.Error()},
 		"no branch":      {func(t *testing.T) int { return stateOf(t, blob(t, meta{Version, missing})) }, "/nowhere/at/all"},
 		"watched branch": {func(t *testing.T) int { return stateOf(t, blob(t, meta{Version, watched})) }, "/nowhere/at/all"},
 	} {

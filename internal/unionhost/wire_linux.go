@@ -31,10 +31,9 @@ type Repaired struct{ Branch, Path, Action string }
 
 // Info tells of a helper.
 type Info struct {
-	Version int // of the calls; see Version
-	PID     int // of the worker
-	Keeper  int // of the process that starts another; 0 if there is none
-	Mounts  sys.ByteStrings
+	PID    int // of the worker
+	Keeper int // of the process that starts another; 0 if there is none
+	Mounts sys.ByteStrings
 }
 
 // Version is that of the calls and of the state. It is raised when an earlier
