@@ -300,7 +300,7 @@ func (rc *receiver) entry(c *Command, dir int, name string) error {
 		}
 		return unix.UtimesNanoAt(dir, name, ts, unix.AT_SYMLINK_NOFOLLOW)
 	case OpEnableVerity:
-		return rc.verity(c, dir, name)
+		return rc.verity(c)
 	}
 	return fmt.Errorf("[bug] no way to apply %v", c.Op)
 }
@@ -351,13 +351,12 @@ func chmodNoFollow(dir int, name string, mode uint32) error {
 	return unix.Chmod(fmt.Sprintf("/proc/self/fd/%d", fd), mode)
 }
 
-func (rc *receiver) verity(c *Command, dir int, name string) error {
+func (rc *receiver) verity(c *Command) error {
 	rc.closeFile("") // no writer may be left
-	fd, err := unix.Openat(dir, name, unix.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
+	f, err := openRegular(rc.root, c.Str(AttrPath), unix.O_RDONLY)
 	if err != nil {
 		return err
 	}
-	f := os.NewFile(uintptr(fd), name)
 	defer f.Close()
 	err = sys.EnableVerity(f, uint8(c.Uint(AttrVerityAlgorithm)), uint32(c.Uint(AttrVerityBlockSize)), c.Bytes(AttrVeritySalt), c.Bytes(AttrVeritySig))
 	if errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.ENOTTY) {
@@ -408,14 +407,11 @@ func (rc *receiver) clone(c *Command, dst *os.File, off int64) error {
 		}
 		from = s.root
 	}
-	src, err := from.OpenExact(c.Str(AttrClonePath), unix.O_RDONLY|unix.O_NONBLOCK)
+	src, err := openRegular(from, c.Str(AttrClonePath), unix.O_RDONLY)
 	if err != nil {
 		return err
 	}
 	defer src.Close()
-	if err := requireRegular(src); err != nil {
-		return err
-	}
 	return retry(func() error {
 		return unix.IoctlFileCloneRange(int(dst.Fd()), &unix.FileCloneRange{
 			Src_fd:      int64(src.Fd()),
@@ -522,23 +518,30 @@ func (rc *receiver) open(path string) (*os.File, error) {
 		return rc.file, nil
 	}
 	rc.closeFile("")
-	f, err := rc.root.OpenExact(path, unix.O_RDWR|unix.O_NONBLOCK)
+	f, err := openRegular(rc.root, path, unix.O_RDWR)
 	if err != nil {
 		return nil, err
-	}
-	if err := requireRegular(f); err != nil {
-		return nil, errors.Join(err, f.Close())
 	}
 	rc.file, rc.filePath = f, path
 	return f, nil
 }
 
-func requireRegular(f *os.File) error {
-	info, err := f.Stat()
-	if err == nil && !info.Mode().IsRegular() {
-		err = fmt.Errorf("content of a file of type %v", info.Mode().Type())
+// openRegular opens a regular file below root. It opens nothing else, as that
+// can have an effect: a stream may have made a node of the watchdog, or of a tape.
+func openRegular(root *safepath.Root, path string, flags int) (*os.File, error) {
+	at, err := root.OpenExact(path, unix.O_PATH|unix.O_NOFOLLOW)
+	if err != nil {
+		return nil, err
 	}
-	return err
+	defer at.Close()
+	info, err := at.Stat()
+	if err != nil {
+		return nil, err
+	}
+	if !info.Mode().IsRegular() {
+		return nil, fmt.Errorf("content of a file of type %v", info.Mode().Type())
+	}
+	return os.OpenFile(fmt.Sprintf("/proc/self/fd/%d", at.Fd()), flags, 0)
 }
 
 // closeFile closes the cached file if it is at path, or in any case if path is

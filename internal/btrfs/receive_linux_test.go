@@ -79,22 +79,15 @@ func subvol(name string) []any {
 
 var end = []any{OpEnd}
 
-func TestReceiveHostile(t *testing.T) {
-	mnt := mountBtrfs(t, 256)
-	outside := filepath.Join(mnt, "outside")
-	check(t, os.Mkdir(outside, 0o700))
-	write(t, outside+"/secret", "secret")
-	check(t, os.Chmod(outside+"/secret", 0o600))
-	foreign := filepath.Join(mnt, "foreign")
-	check(t, Create(foreign))
-	write(t, foreign+"/secret", strings.Repeat("s", 4096))
-	fi, err := Info(foreign)
-	check(t, err)
+// hostile returns what a stream tries to reach outside of its subvolume: the
+// directory outside, by links, and another subvolume.
+func hostile(outside string, foreign Subvolume) map[string][][]any {
 	link := []any{OpSymlink, AttrPath, "l", AttrPathLink, outside}
 	flink := []any{OpSymlink, AttrPath, "f", AttrPathLink, outside + "/secret"}
 	up := []any{OpSymlink, AttrPath, "up", AttrPathLink, "../outside"}
 	now := time.Unix(1, 2)
-	for name, cmds := range map[string][][]any{
+	const noDriver = uint64(4000)<<8 | 1 // the number of a device
+	return map[string][][]any{
 		"mkfile":     {link, {OpMkfile, AttrPath, "l/new"}},
 		"mkdir":      {link, {OpMkdir, AttrPath, "l/new"}},
 		"dotdot":     {up, {OpMkdir, AttrPath, "up/new"}},
@@ -113,8 +106,8 @@ func TestReceiveHostile(t *testing.T) {
 		"link-in":    {link, {OpLink, AttrPath, "a", AttrPathLink, "l/secret"}},
 		"clone":      {flink, {OpMkfile, AttrPath, "a"}, {OpClone, AttrPath, "a", AttrFileOffset, uint64(0), AttrCloneLen, uint64(0), AttrCloneUUID, UUID{1}, AttrCloneCtransid, uint64(7), AttrClonePath, "f", AttrCloneOffset, uint64(0)}},
 		"clone-foreign": {{OpMkfile, AttrPath, "a"}, {
-			OpClone, AttrPath, "a", AttrFileOffset, uint64(0), AttrCloneLen, uint64(4096), AttrCloneUUID, fi.UUID,
-			AttrCloneCtransid, fi.CTransID, AttrClonePath, "secret", AttrCloneOffset, uint64(0),
+			OpClone, AttrPath, "a", AttrFileOffset, uint64(0), AttrCloneLen, uint64(4096), AttrCloneUUID, foreign.UUID,
+			AttrCloneCtransid, foreign.CTransID, AttrClonePath, "secret", AttrCloneOffset, uint64(0),
 		}},
 		"root-unlink":  {{OpUnlink, AttrPath, ""}},
 		"root-rename":  {{OpRename, AttrPath, "", AttrPathTo, "x"}},
@@ -123,10 +116,27 @@ func TestReceiveHostile(t *testing.T) {
 		"owner":        {{OpChown, AttrPath, "", AttrUID, uint64(1<<32 - 1), AttrGID, uint64(0)}},
 		"no-data":      {{OpMkfile, AttrPath, "a"}, {OpUpdateExtent, AttrPath, "a", AttrFileOffset, uint64(0), AttrSize, uint64(1)}},
 		"second-start": {subvol("again")},
-	} {
+		"device":       {{OpMknod, AttrPath, "p", AttrMode, uint64(unix.S_IFCHR | 0o600), AttrRdev, noDriver}, {OpWrite, AttrPath, "p", AttrFileOffset, uint64(0), AttrData, "x"}},
+		"device-clone": {{OpMknod, AttrPath, "p", AttrMode, uint64(unix.S_IFBLK | 0o600), AttrRdev, noDriver}, {OpMkfile, AttrPath, "a"}, {OpClone, AttrPath, "a", AttrFileOffset, uint64(0), AttrCloneLen, uint64(0), AttrCloneUUID, UUID{1}, AttrCloneCtransid, uint64(7), AttrClonePath, "p", AttrCloneOffset, uint64(0)}},
+	}
+}
+
+func TestReceiveHostile(t *testing.T) {
+	mnt := mountBtrfs(t, 256)
+	outside := filepath.Join(mnt, "outside")
+	check(t, os.Mkdir(outside, 0o700))
+	write(t, outside+"/secret", "secret")
+	check(t, os.Chmod(outside+"/secret", 0o600))
+	foreign := filepath.Join(mnt, "foreign")
+	check(t, Create(foreign))
+	write(t, foreign+"/secret", strings.Repeat("s", 4096))
+	fi, err := Info(foreign)
+	check(t, err)
+	for name, cmds := range hostile(outside, fi) {
 		t.Run(name, func(t *testing.T) {
 			_, err := Receive(t.Context(), stream(t, 1, append(append([][]any{subvol("evil")}, cmds...), end)...), mnt, nil)
 			require.ErrorIs(t, err, layerfs.ErrMalformed)
+			require.NotErrorIs(t, err, unix.ENXIO, "a device was opened")
 			require.NoDirExists(t, filepath.Join(mnt, "evil"), "the subvolume is removed")
 		})
 	}
