@@ -295,7 +295,7 @@ func TestExtendFullMetadata(t *testing.T) {
 		}
 	}
 	require.ErrorIs(t, err, unix.EIO)
-	require.NoError(t, d.Put(t.Context(), "a"))
+	w.stops(t, path)
 	full, err := d.m.poolStatus(true)
 	require.NoError(t, err)
 	require.Equal(t, dm.PoolReadOnly, full.Mode)
@@ -340,5 +340,6 @@ func TestExtendFullMetadata(t *testing.T) {
 		last := list[len(list)-1]
 		return last.Kind == ExtendDone && last.Err == nil && last.Total == 128<<20
 	}, 12*lookEvery, 20*time.Millisecond)
+	w.goesOn(t, d, path)
 	unharmed(t, d)
 }
