@@ -168,7 +168,7 @@ func (s *Server) quick(req, out []byte) (n int, ok bool) {
 	case opReaddirplus:
 		// fuse_read_in{u64 fh, offset; u32 size, read_flags; u64 lock_owner;
 		// u32 flags, padding}.
-		in := fuse.ReadIn{InHeader: h, Fh: u64(body), Offset: u64(body[8:]), Size: uint32(size)}
+		in := fuse.ReadIn{InHeader: h, Fh: u64(body), Offset: u64(body[8:]), Size: size}
 		l := fuse.NewDirEntryList(room, in.Offset)
 		code = s.ReadDirPlus(nil, &in, l)
 		a = a[:headOut+len(l.Bytes())]

@@ -264,14 +264,14 @@ func (s *Server) KeepAgain() {
 	}
 	s.mu.Unlock()
 	for _, i := range open {
-		fd, release, err := s.content(i)
+		f, err := s.fs.OpenFile(i.n, unix.O_RDONLY, false)
 		if err != nil {
 			// It may have been closed, or be about to get its content.
 			s.log.Info("keep again", "node", i.id, "err", err)
 			continue
 		}
-		s.keep(i, fd)
-		release()
+		s.keep(i, f.FD())
+		f.Close()
 	}
 }
 
@@ -295,9 +295,9 @@ func (s *Server) losing(dir *unionfs.Node, name string) func() {
 	}
 	s.mu.Unlock()
 	for _, i := range open {
-		if fd, close, err := s.content(i); err == nil {
-			s.keep(i, fd)
-			close()
+		if f, err := s.fs.OpenFile(i.n, unix.O_RDONLY, false); err == nil {
+			s.keep(i, f.FD())
+			f.Close()
 		}
 	}
 	return func() {
@@ -314,16 +314,6 @@ func (s *Server) losing(dir *unionfs.Node, name string) func() {
 			}
 		}
 	}
-}
-
-// content returns a descriptor of what i's open files read: the registered
-// file, else what the node stands for.
-func (s *Server) content(i *inode) (fd int, release func(), err error) {
-	f, err := s.fs.OpenFile(i.n, unix.O_RDONLY, false)
-	if err != nil {
-		return -1, nil, err
-	}
-	return f.FD(), f.Close, nil
 }
 
 // rename renames, and knows what it did if it has to do it again.

@@ -33,8 +33,7 @@ type State struct {
 	mu       sync.Mutex
 	f        *os.File
 	m        []byte
-	start    int              // of the records
-	end      int              // of the records
+	end      int              // of the records, which begin at stateHead
 	live     int              // bytes of those that count
 	at       map[stateKey]int // where they are
 	err      error            // why the state is not kept any more
@@ -74,7 +73,7 @@ var ErrLaterState = errors.New("the state of the mount is of a later version tha
 
 // NewState makes an empty state.
 func NewState() (*State, error) {
-	s := &State{at: map[stateKey]int{}, start: stateHead, end: stateHead}
+	s := &State{at: map[stateKey]int{}, end: stateHead}
 	f, m, err := stateFile(stateMin)
 	s.f, s.m = f, m
 	return s, err
@@ -115,18 +114,19 @@ func OpenState(f *os.File) (_ *State, err error) {
 	if fi.Size() < int64(stateHead+recordHead) || fi.Size() > 1<<32 {
 		return nil, fmt.Errorf("a state of %d bytes", fi.Size())
 	}
-	s := &State{f: f, at: map[stateKey]int{}}
+	s := &State{f: f, at: map[stateKey]int{}, end: stateHead}
 	if s.m, err = unix.Mmap(int(f.Fd()), 0, int(fi.Size()), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED); err != nil {
 		return nil, os.NewSyscallError("mmap memfd", err)
 	}
-	if strings.HasPrefix(string(s.m[:stateHead]), stateMagic) {
-		if v := s.m[stateHead-1]; v > stateVersion {
-			_ = unix.Munmap(s.m)
-			return nil, fmt.Errorf("%w: %d, and this is %d", ErrLaterState, v, stateVersion)
-		}
-		s.start = stateHead
-	} // else there was no head yet
-	s.end = s.start
+	if !strings.HasPrefix(string(s.m[:stateHead]), stateMagic) {
+		err = errors.New("no state of a mount")
+	} else if v := s.m[stateHead-1]; v > stateVersion {
+		err = fmt.Errorf("%w: %d, and this is %d", ErrLaterState, v, stateVersion)
+	}
+	if err != nil {
+		_ = unix.Munmap(s.m)
+		return nil, err
+	}
 	s.scan()
 	return s, nil
 }
@@ -341,15 +341,15 @@ func (s *State) grow(room int) error {
 	}
 	_ = unix.Munmap(s.m)
 	s.f.Close()
-	s.f, s.m, s.at, s.start, s.end, s.live = f, m, at, stateHead, end, end-stateHead
+	s.f, s.m, s.at, s.end, s.live = f, m, at, end, end-stateHead
 	return nil
 }
 
 // fail makes the state say that it is none.
 func (s *State) fail(err error) {
 	s.err = err
-	s.at, s.end, s.live = map[stateKey]int{}, s.start, 0
-	clear(s.m[s.start : s.start+recordHead])
+	s.at, s.end, s.live = map[stateKey]int{}, stateHead, 0
+	clear(s.m[stateHead : stateHead+recordHead])
 	if s.failed != nil {
 		s.failed(err)
 	}
