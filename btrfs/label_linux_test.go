@@ -13,6 +13,8 @@ import (
 
 	"github.com/layerfs/layerfs"
 	"github.com/layerfs/layerfs/btrfs"
+	ioctl "github.com/layerfs/layerfs/internal/btrfs"
+	"github.com/layerfs/layerfs/internal/tree"
 )
 
 const (
@@ -119,4 +121,37 @@ func TestMountLabel(t *testing.T) {
 			require.ErrorIs(t, d.Receive(ctx, bytes.NewReader(nil), "received", "", &layerfs.CreateOptions{MountLabel: xLabel}), errors.ErrUnsupported)
 		})
 	}
+}
+
+// TestMountLabelNested: so has what is in its subvolumes, also in those that
+// were made read-only, which they still are.
+func TestMountLabelNested(t *testing.T) {
+	d := mustNew(t, newRoot(t, 256), nil)
+	ctx := t.Context()
+	base := fill(t, d, "base", "", "file f 1")
+	require.NoError(t, ioctl.Create(base+"/vol"))
+	require.NoError(t, ioctl.Create(base+"/vol/deep"))
+	tree.Build(t, base, "file vol/deep/g 2")
+	require.NoError(t, ioctl.SetReadOnly(base+"/vol/deep", true))
+	require.NoError(t, ioctl.SetReadOnly(base+"/vol", true))
+	require.NoError(t, d.Create(ctx, "top", "base", &layerfs.CreateOptions{MountLabel: xLabel}))
+	check := func(id string, files int) {
+		t.Helper()
+		require.Equal(t, map[string]int{xLabel: files}, labels(t, d, id))
+		info, err := d.Stat(ctx, id, nil)
+		require.NoError(t, err)
+		for _, at := range []string{"/vol", "/vol/deep"} {
+			ro, err := ioctl.IsReadOnly(info.Path + at)
+			require.NoError(t, err)
+			require.True(t, ro, id+at)
+		}
+	}
+	check("top", 5)
+	_, err := d.Apply(ctx, "top", labelled(t), nil)
+	require.NoError(t, err)
+	check("top", 8)
+	require.NoError(t, d.Clone(ctx, "clone", "top", nil))
+	check("clone", 8)
+	require.NoError(t, d.Rollback(ctx, "top"))
+	check("top", 5)
 }

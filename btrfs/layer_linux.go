@@ -89,10 +89,28 @@ func (m *mechanism) build(ctx context.Context, rec *lifecycle.Record, fill func(
 	return nil
 }
 
-// relabel gives everything at path the label of a layer, if that has one.
-func relabel(ctx context.Context, path string, rec *lifecycle.Record) error {
+// relabel gives everything at path the label of a layer, if that has one, also
+// what is in read-only subvolumes.
+func relabel(ctx context.Context, path string, rec *lifecycle.Record) (failed error) {
 	if rec.MountLabel == "" {
 		return nil
+	}
+	nested, err := btrfs.Nested(path)
+	if err != nil {
+		return err
+	}
+	for _, n := range nested {
+		at := filepath.Join(path, n.Path)
+		ro, err := btrfs.IsReadOnly(at)
+		if err == nil && ro {
+			err = setReadOnly(at, false)
+		}
+		if err != nil {
+			return err
+		}
+		if ro {
+			defer func() { failed = errors.Join(failed, setReadOnly(at, true)) }()
+		}
 	}
 	return quotaError(tree.Relabel(ctx, path, rec.MountLabel))
 }
