@@ -5,6 +5,7 @@ import (
 	"context"
 	"io"
 	"strconv"
+	"strings"
 
 	"github.com/layerfs/layerfs"
 )
@@ -286,24 +287,28 @@ func (p *parser) finish(h *header, local []record, longName, longLink string, ol
 		h.name = sp.name
 	}
 	p.named = h.name
+	// Before POSIX a directory was a file whose name ends in a slash.
+	slash := strings.HasSuffix(h.name, "/")
+	if h.typ == 0 && slash {
+		h.typ = typeDir
+	}
 	h.stored = h.size
 	switch h.typ {
-	case 0, typeReg, typeCont:
-		// Before POSIX a directory was a file whose name ends in a slash.
-		if n := len(h.name); n > 0 && h.name[n-1] == '/' && h.typ != typeCont {
+	case 0, typeCont:
+		h.typ = typeReg
+	case typeReg:
+		if slash {
 			h.typ = typeDir
-		} else {
-			h.typ = typeReg
 		}
 	case typeGNUDump:
 		h.typ = typeDir
-	case typeGNUSparse, typeLink, typeSymlink, typeChar, typeBlock, typeDir, typeFifo:
+	case typeLink, typeSymlink, typeChar, typeBlock, typeDir, typeFifo:
+		// Some writers give a size for what has no body (pax, POSIX.1-2017: of a
+		// directory, how large it may become).
+		h.size, h.stored = 0, 0
+	case typeGNUSparse:
 	default:
 		return malformed("unknown type %q", h.typ)
-	}
-	switch h.typ {
-	case typeLink, typeSymlink, typeChar, typeBlock, typeFifo:
-		h.size, h.stored = 0, 0 // some writers give a size for what has no body
 	}
 	p.entries++
 	p.src.entries.Store(p.entries)
@@ -318,7 +323,7 @@ func (p *parser) finish(h *header, local []record, longName, longLink string, ol
 	}
 	p.setBody(h.stored)
 	if h.typ == typeDir {
-		h.size = 0 // the body, if any, is a list
+		h.size = 0 // the body, if any, is a list of GNU tar
 	}
 	var err error
 	switch {

@@ -93,6 +93,53 @@ func seedStreams(f *testing.F) {
 	f.Add(sparse)
 }
 
+// TestSizeWithoutBody: what has no body may have a size, which does not hide the
+// entry behind it; what may have one is skipped with it.
+func TestSizeWithoutBody(t *testing.T) {
+	for _, c := range []struct {
+		name  string
+		typ   byte
+		entry string
+		body  bool
+	}{
+		{"directory", typeDir, "d/", false},
+		{"directory before POSIX", 0, "d/", false},
+		{"file with a slash", typeReg, "d/", true},
+		{"dump of a directory", typeGNUDump, "d/", true},
+		{"symlink", typeSymlink, "d", false},
+		{"hard link", typeLink, "d", false},
+		{"fifo", typeFifo, "d", false},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			stream := appendHeader(nil, &header{name: c.entry, link: "to", typ: c.typ, mode: 0o755, stored: 493})
+			if c.body {
+				stream = appendPadding(append(stream, bytes.Repeat([]byte("b"), 493)...), 493)
+			}
+			stream = append(stream, appendHeader(nil, &header{name: "next", typ: typeReg, size: 4, stored: 4})...)
+			stream = appendPadding(append(stream, "text"...), 4)
+			stream = append(stream, make([]byte, endMark)...)
+
+			headers, bodies, err := readAll(stream)
+			if err != nil || len(headers) != 2 {
+				t.Fatalf("%d entries, %v", len(headers), err)
+			}
+			if h := headers[0]; h.name != c.entry || h.size != 0 {
+				t.Errorf("first entry %+v", h)
+			}
+			if h := headers[1]; h.name != "next" || bodies[1] != "text" {
+				t.Errorf("second entry %+v with %q", h, bodies[1])
+			}
+			r := tar.NewReader(bytes.NewReader(stream))
+			for _, want := range headers {
+				h, err := r.Next()
+				if err != nil || h.Name != want.name {
+					t.Fatalf("archive/tar: %+v, %v, want %q", h, err, want.name)
+				}
+			}
+		})
+	}
+}
+
 // FuzzHeader: what archive/tar reads, we read the same way.
 func FuzzHeader(f *testing.F) {
 	seedStreams(f)
