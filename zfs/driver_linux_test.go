@@ -9,6 +9,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
 
@@ -223,24 +224,31 @@ func tarOf(tb testing.TB, data []byte) *bytes.Buffer {
 // Apply tells the quota of a layer from a pool that is full.
 func TestApplyTooMuch(t *testing.T) {
 	requirePool(t)
-	const mib = 1 << 20
-	data := make([]byte, 64*mib)
+	// Little room, as each of the last writes waits for a transaction group.
+	const mib, room = 1 << 20, 2 << 20
+	data := make([]byte, 8*mib)
 	rand.NewChaCha8([32]byte{}).Read(data)
 	for name, c := range map[string]struct {
-		pool, quota int64
-		full        bool
+		quota int64
+		full  bool
 	}{
-		"quota":                        {pool: 256 * mib, quota: 16 * mib},
-		"full pool":                    {pool: 32 * mib, full: true},
-		"full pool and a larger quota": {pool: 32 * mib, quota: 1024 * mib, full: true},
+		"quota":                        {quota: room},
+		"full pool and a larger quota": {quota: 1024 * mib, full: true},
 	} {
 		t.Run(name, func(t *testing.T) {
 			if c.full && !kernelMounts() {
 				t.Skip("zfs-fuse ends at a write of which the pool has room for a part")
 			}
-			d := mustOpen(t, smallRoot(t, c.pool), &Options{Quota: layerfs.Quota{Bytes: c.quota}})
+			root := smallRoot(t, 32*mib)
+			d := mustOpen(t, root, &Options{Quota: layerfs.Quota{Bytes: c.quota}})
 			ctx := t.Context()
 			require.NoError(t, d.Create(ctx, "a", "", nil))
+			if c.full {
+				pool := poolOf(datasetOf(root))
+				free, err := strconv.ParseInt(strings.TrimSpace(mustCommand(t, "zfs", "get", "-H", "-p", "-o", "value", "available", pool)), 10, 64)
+				require.NoError(t, err)
+				mustCommand(t, "zfs", "create", "-o", fmt.Sprintf("reservation=%d", free-room), pool+"/others")
+			}
 			_, err := d.Apply(ctx, "a", tarOf(t, data), nil)
 			if c.full {
 				require.ErrorIs(t, err, unix.ENOSPC)
