@@ -48,10 +48,19 @@ func (m *mechanism) labels() error {
 		why = "the file system is served by a daemon"
 	case !kernelHas("selinuxfs"): // it is there if SELinux was on at boot (init_sel_fs)
 		why = "SELinux is off, and ZFS would ignore it"
+	case !selinuxPolicy():
+		why = "SELinux has no policy"
 	default:
 		return nil
 	}
 	return &layerfs.UnsupportedError{Feature: "a mount label", Reason: why}
+}
+
+// selinuxPolicy reports whether SELinux, which is on, has been given a policy. Until
+// then each process has the initial context "kernel" (security_sid_to_context).
+func selinuxPolicy() bool {
+	b, err := os.ReadFile("/proc/self/attr/current")
+	return err == nil && strings.Contains(string(b), ":")
 }
 
 // fullProperties are the properties with which a layer keeps everything: ACLs,
@@ -221,7 +230,7 @@ func mountOptions(rec *lifecycle.Record) []string {
 	if rec.MountLabel == "" {
 		return nil
 	}
-	return []string{`context="` + rec.MountLabel + `"`} // it may hold commas
+	return []string{"context=" + rec.MountLabel}
 }
 
 // mountedAt returns the places of this package where a dataset is mounted,
