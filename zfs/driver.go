@@ -111,6 +111,9 @@ func openDriver(root string, opts *Options, probe prober) (_ *Driver, err error)
 	if err := os.MkdirAll(m.home, 0o711); err != nil {
 		return nil, err
 	}
+	if err := layerdir.Guard(m.home); err != nil {
+		return nil, err
+	}
 	conf, err := m.configure(ctx)
 	if err != nil {
 		return nil, err

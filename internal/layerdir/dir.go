@@ -57,13 +57,13 @@ const (
 
 // Open opens the state directory in home, which must exist, and makes it if it
 // is new. The error matches errors.ErrUnsupported if a later version made it, and
-// fs.ErrExist if home has something but no state: see [guard].
+// fs.ErrExist if home has something but no state: see [Guard].
 func Open(home string, policy layerfs.Durability) (_ *Dir, err error) {
 	d := &Dir{
 		dir: filepath.Join(home, ".layerfs"), sync: policy != layerfs.DurabilityNone,
 		boot: BootID(), pid: strconv.Itoa(os.Getpid()),
 	}
-	if err := guard(home); err != nil {
+	if err := Guard(home); err != nil {
 		return nil, err
 	}
 	var open []folder
@@ -107,11 +107,12 @@ func Open(home string, policy layerfs.Durability) (_ *Dir, err error) {
 	return d, nil
 }
 
-// guard keeps the layers of others, and ours if their records are lost: what has
+// Guard keeps the layers of others, and ours if their records are lost: what has
 // no record is deleted when a driver opens its home. So a home that is new may
 // only have empty directories, and files that begin with a dot, which are probes.
-// One that is not new has a directory of records.
-func guard(home string) error {
+// One that is not new has a directory of records. Open asks it; who writes to the
+// state before that asks first.
+func Guard(home string) error {
 	state := filepath.Join(home, ".layerfs")
 	is := func(path string) (bool, error) {
 		_, err := os.Lstat(path)
@@ -143,7 +144,7 @@ func guard(home string) error {
 		Err: fmt.Errorf("it is not of this library, or %s was lost: %w", state, fs.ErrExist)}
 }
 
-// stranger returns the name of something in a directory that guard does not let
+// stranger returns the name of something in a directory that Guard does not let
 // pass.
 func stranger(home string) (string, error) {
 	entries, err := os.ReadDir(home)
