@@ -186,9 +186,7 @@ func TestNativeChanges(t *testing.T) {
 // TestNativeSpeed: three changes in a tree of 20,000 files or more are found 20
 // times faster than by a walk, and in a smaller one still much faster.
 func TestNativeSpeed(t *testing.T) {
-	if testing.Short() {
-		t.Skip("compares times")
-	}
+	requireIdle(t)
 	root := newRootDir(t)
 	d := mustOpen(t, root, &Options{})
 	requireNative(t, d)
@@ -251,8 +249,8 @@ func TestNativeSpeed(t *testing.T) {
 		require.NoError(t, err)
 	})
 	assert.True(t, slices.Equal(want, got), "%v, %v", want, got)
-	t.Logf("%d files: walk %v, native %v, ratio %.1f", dirs*each, walk, native, float64(walk)/float64(native))
-	if float64(walk) < least*float64(native) {
+	ratio := float64(walk) / float64(native)
+	if !goal(fmt.Sprintf("Changes, 3 of %d files", dirs*each), native, "the walk of archive.Compare", walk, ratio, fmt.Sprintf("≥ %.0f", least), ratio >= least) {
 		t.Errorf("the walk takes %v, zfs diff %v", walk, native)
 	}
 }

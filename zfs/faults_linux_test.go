@@ -178,7 +178,11 @@ func TestCalls(t *testing.T) {
 		}
 		n := calls()
 		assert.LessOrEqual(t, n, most, "%s with %d layers", op, layers)
-		t.Logf("%-12s %d calls, %v", op, n, time.Since(start).Round(100*time.Microsecond))
+		took := time.Since(start).Round(100 * time.Microsecond)
+		t.Logf("%-12s %d calls, %v", op, n, took)
+		if os.Getenv("LAYERFS_IDLE") != "" {
+			fmt.Printf("goal: | %s, %d layers | %v | %d calls | | | |\n", op, layers, took, n)
+		}
 	}
 	count("create base", func() error { return d.Create(ctx, "base", "", nil) })
 	count("create first", func() error { return d.Create(ctx, "first", "base", nil) })
