@@ -1,7 +1,6 @@
 package feature
 
 import (
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"os"
@@ -236,5 +235,3 @@ func checkMapped(d dirs) error {
 	}
 	return nil
 }
-
-func bigEndian() bool { return binary.NativeEndian.Uint16([]byte{0, 1}) == 1 }
