@@ -89,7 +89,8 @@ func Rollback(ctx context.Context, d Driver, id string) error {
 // Cloner is implemented by drivers that can copy a writable layer.
 type Cloner interface {
 	// Clone makes layer id with the parent and the content of layer from,
-	// which must not be held for writing. All or nothing.
+	// which must not be held for writing. It has the quota and the mount label
+	// of from unless opts says otherwise. All or nothing.
 	Clone(ctx context.Context, id, from string, opts *CreateOptions) error
 }
 

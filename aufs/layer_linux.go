@@ -197,9 +197,6 @@ func isDir(path string) error {
 func (d *Driver) Clone(ctx context.Context, id, from string, opts *layerfs.CreateOptions) error {
 	return lifecycle.Clone(ctx, d.frame, id, from, opts, func(rec *lifecycle.Record, from lifecycle.Chain, opts *layerfs.CreateOptions) error {
 		src := from.Layer()
-		if rec.Quota == (layerfs.Quota{}) {
-			rec.Quota = src.Quota
-		}
 		if err := d.m.settle(ctx, from); err != nil {
 			return err
 		}

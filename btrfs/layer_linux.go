@@ -451,12 +451,6 @@ func (m *mechanism) exchange(a, b string) error {
 func (d *Driver) Clone(ctx context.Context, id, from string, opts *layerfs.CreateOptions) error {
 	return lifecycle.Clone(ctx, d.frame, id, from, opts, func(rec *lifecycle.Record, from lifecycle.Chain, _ *layerfs.CreateOptions) error {
 		src := from.Layer()
-		if rec.Quota == (layerfs.Quota{}) {
-			rec.Quota = src.Quota
-		}
-		if rec.MountLabel == "" {
-			rec.MountLabel = src.MountLabel
-		}
 		return d.m.build(ctx, rec, func(path string) error { return d.m.snapshotTree(ctx, path, d.m.Path(src.ID)) })
 	})
 }

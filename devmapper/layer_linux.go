@@ -224,9 +224,6 @@ func (m *mechanism) noSpace(err error) error {
 // Clone takes a snapshot of a layer.
 func (d *Driver) Clone(ctx context.Context, id, from string, opts *layerfs.CreateOptions) error {
 	return lifecycle.Clone(ctx, d.frame, id, from, opts, func(rec *lifecycle.Record, from lifecycle.Chain, _ *layerfs.CreateOptions) error {
-		if rec.Quota == (layerfs.Quota{}) {
-			rec.Quota = from.Layer().Quota
-		}
 		return d.m.make(ctx, rec, from, true)
 	})
 }

@@ -248,9 +248,6 @@ func (m *mechanism) Find(_ context.Context, rec *lifecycle.Record) error {
 func (d *Driver) Clone(ctx context.Context, id, from string, opts *layerfs.CreateOptions) error {
 	return lifecycle.Clone(ctx, d.frame, id, from, opts, func(rec *lifecycle.Record, from lifecycle.Chain, opts *layerfs.CreateOptions) error {
 		src := from.Layer()
-		if rec.Quota == (layerfs.Quota{}) {
-			rec.Quota = src.Quota
-		}
 		return d.m.build(ctx, rec, from[1:], func(dir string) error {
 			upper := filepath.Join(dir, "upper")
 			// The marks are copied with the files: they mean the same in the

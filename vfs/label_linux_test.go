@@ -1,7 +1,9 @@
 package vfs_test
 
 import (
+	"bytes"
 	"errors"
+	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -75,8 +77,20 @@ func TestMountLabel(t *testing.T) {
 	require.NoError(t, err)
 	require.NoError(t, os.WriteFile(filepath.Join(info.Path, "later"), nil, 0o600))
 	has("clone", map[string]int{yLabel: 5, "": 1})
-	for _, id := range []string{"other", "clone"} {
+	for _, id := range []string{"other", "clone", "same"} {
 		require.NoError(t, d.Rollback(ctx, id))
 		has(id, map[string]int{yLabel: 5})
+	}
+
+	// What is applied gets it too, in an empty layer and in one that has files.
+	stream, err := d.Diff(ctx, "base", "", nil)
+	require.NoError(t, err)
+	applied, err := io.ReadAll(stream)
+	require.NoError(t, errors.Join(err, stream.Close()))
+	require.NoError(t, d.Create(ctx, "applied", "", labelled(yLabel)))
+	for range 2 {
+		_, err = d.Apply(ctx, "applied", bytes.NewReader(applied), nil)
+		require.NoError(t, err)
+		has("applied", map[string]int{yLabel: 5})
 	}
 }

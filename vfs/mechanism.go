@@ -115,10 +115,8 @@ func (m *mechanism) build(ctx context.Context, rec *lifecycle.Record, parent lif
 			return quotaError(rec, err)
 		}
 	}
-	if rec.MountLabel != "" {
-		if err := relabel(ctx, build, rec.MountLabel); err != nil {
-			return err
-		}
+	if err := label(ctx, build, rec); err != nil {
+		return err
 	}
 	if err := move(build, m.Path(rec.ID)); err != nil {
 		return err
@@ -243,7 +241,18 @@ func (m *mechanism) Apply(ctx context.Context, chain lifecycle.Chain, r io.Reade
 		return layerfs.ApplyResult{}, err
 	}
 	res, err := archive.Apply(ctx, path, br, o)
+	if err == nil {
+		err = label(ctx, path, rec)
+	}
 	return res, quotaError(rec, err)
+}
+
+// label gives a tree the label of its layer, if that has one.
+func label(ctx context.Context, path string, rec *lifecycle.Record) error {
+	if rec.MountLabel == "" {
+		return nil
+	}
+	return relabel(ctx, path, rec.MountLabel)
 }
 
 // applyAside unpacks into a copy of an empty layer, which then takes its
@@ -271,7 +280,10 @@ func (m *mechanism) applyAside(ctx context.Context, rec *lifecycle.Record, r io.
 	if err := m.copyTree(ctx, build, path, nil); err != nil { // its attributes
 		return res, err
 	}
-	if res, err = archive.Apply(ctx, build, r, opts); err != nil {
+	if res, err = archive.Apply(ctx, build, r, opts); err == nil {
+		err = label(ctx, build, rec)
+	}
+	if err != nil {
 		return res, quotaError(rec, err)
 	}
 	if err := move(build, path); err != nil {

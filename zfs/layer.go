@@ -637,9 +637,6 @@ func (d *Driver) SetQuota(ctx context.Context, id string, q layerfs.Quota) error
 func (d *Driver) Clone(ctx context.Context, id, from string, opts *layerfs.CreateOptions) error {
 	return lifecycle.Clone(ctx, d.frame, id, from, opts, func(rec *lifecycle.Record, from lifecycle.Chain, _ *layerfs.CreateOptions) error {
 		src := from.Layer()
-		if rec.Quota == (layerfs.Quota{}) {
-			rec.Quota = src.Quota
-		}
 		if err := d.m.sync(src.ID); err != nil {
 			return err
 		}

@@ -40,7 +40,14 @@ func Clone(ctx context.Context, d *Driver, id, from string, opts *layerfs.Create
 		return err
 	}
 	defer unpin()
-	return create(ctx, d, id, chain.Layer().Parent, opts, func(rec *Record, _ Chain) error {
+	src := chain.Layer()
+	return create(ctx, d, id, src.Parent, opts, func(rec *Record, _ Chain) error {
+		if rec.Quota == (layerfs.Quota{}) {
+			rec.Quota = src.Quota
+		}
+		if rec.MountLabel == "" {
+			rec.MountLabel = src.MountLabel
+		}
 		return build(rec, chain, opts)
 	})
 }
