@@ -52,6 +52,14 @@
 // the last driver to close takes it down. Apply and Rollback fill a new
 // snapshot and put it in the layer's place in one step.
 //
+// # A full pool
+//
+// What writers get is said at [Options.ErrorIfNoSpace]. Make the pool larger while
+// the layers that were being written are mounted: they then go on with what is in
+// memory. When the pool's metadata is full, ext4 gives its journal up if it is
+// unmounted: on Linux 6.1 a layer that was Put then and mounted again when there
+// was room had lost files, also such as had been synced.
+//
 // # Lock order
 //
 // The lock of a layer, then ".origin" of its parent (one snapshot of an active
