@@ -180,12 +180,20 @@ func (m *mechanism) State(id string) (lifecycle.State, error) {
 	return lifecycle.State{}, mount.IgnoreNotMounted(m.unmount(context.Background(), m.Path(id)))
 }
 
+// query asks for the state of a mount; the kernel always answers.
+func (m *mechanism) query(path string) (mount.State, error) {
+	if m.opts.MountProgram == "" {
+		return mount.Query(path)
+	}
+	return mount.Ask(path, m.answerWithin)
+}
+
 func (m *mechanism) state(id string) (lifecycle.State, error) {
 	mounted, err := mount.IsMountPoint(m.Path(id))
 	if err != nil || !mounted {
 		return lifecycle.State{}, err
 	}
-	st, err := mount.Ask(m.Path(id), m.answerWithin)
+	st, err := m.query(m.Path(id))
 	return lifecycle.State{Mounted: st.MountPoint, ReadOnly: st.ReadOnly}, err
 }
 
