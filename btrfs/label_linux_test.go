@@ -4,16 +4,14 @@ import (
 	"archive/tar"
 	"bytes"
 	"errors"
-	"io/fs"
-	"path/filepath"
 	"testing"
 
 	"github.com/stretchr/testify/require"
-	"golang.org/x/sys/unix"
 
 	"github.com/layerfs/layerfs"
 	"github.com/layerfs/layerfs/btrfs"
 	ioctl "github.com/layerfs/layerfs/internal/btrfs"
+	"github.com/layerfs/layerfs/internal/testenv"
 	"github.com/layerfs/layerfs/internal/tree"
 )
 
@@ -23,25 +21,11 @@ const (
 )
 
 // labels returns the SELinux labels in a layer and how many files have each.
-// Without SELinux in the kernel they are xattrs as others.
 func labels(tb testing.TB, d *btrfs.Driver, id string) map[string]int {
 	tb.Helper()
 	info, err := d.Stat(tb.Context(), id, nil)
 	require.NoError(tb, err)
-	found := map[string]int{}
-	buf := make([]byte, 256)
-	require.NoError(tb, filepath.WalkDir(info.Path, func(path string, _ fs.DirEntry, err error) error {
-		if err != nil {
-			return err
-		}
-		n, err := unix.Lgetxattr(path, "security.selinux", buf)
-		if errors.Is(err, unix.ENODATA) {
-			n, err = 0, nil
-		}
-		found[string(buf[:n])]++
-		return err
-	}))
-	return found
+	return testenv.Labels(tb, info.Path)
 }
 
 // labelled returns a stream with a file that has a label and one that has none.

@@ -4,13 +4,11 @@ import (
 	"bytes"
 	"errors"
 	"io"
-	"io/fs"
 	"os"
 	"path/filepath"
 	"testing"
 
 	"github.com/stretchr/testify/require"
-	"golang.org/x/sys/unix"
 
 	"github.com/layerfs/layerfs"
 	"github.com/layerfs/layerfs/internal/testenv"
@@ -34,20 +32,7 @@ func TestMountLabel(t *testing.T) {
 		t.Helper()
 		info, err := d.Stat(ctx, id, nil)
 		require.NoError(t, err)
-		found := map[string]int{}
-		buf := make([]byte, 256)
-		require.NoError(t, filepath.WalkDir(info.Path, func(path string, _ fs.DirEntry, err error) error {
-			if err != nil {
-				return err
-			}
-			n, err := unix.Lgetxattr(path, "security.selinux", buf)
-			if errors.Is(err, unix.ENODATA) {
-				n, err = 0, nil
-			}
-			found[string(buf[:n])]++
-			return err
-		}))
-		require.Equal(t, want, found)
+		require.Equal(t, want, testenv.Labels(t, info.Path))
 	}
 	labelled := func(label string) *layerfs.CreateOptions { return &layerfs.CreateOptions{MountLabel: label} }
 	require.NoError(t, d.Create(ctx, "base", "", labelled(xLabel)))

@@ -116,13 +116,7 @@ func testReplacedLinked(t *testing.T, noPlink bool, side string) {
 	h.Close()
 	fs.Forget(f, 1)
 	assert.Zero(t, files(), "nothing is open")
-	r, err := fs.OpenFile(g, unix.O_RDONLY, false)
-	require.NoError(t, err)
-	b := make([]byte, 10)
-	n, err := unix.Pread(r.FD(), b, 0)
-	require.NoError(t, err)
-	assert.Equal(t, "old", string(b[:n]))
-	r.Close()
+	assert.Equal(t, "old", contentOf(t, fs, g))
 	fs.Forget(g, 1)
 	assert.Zero(t, files())
 }
@@ -199,15 +193,21 @@ func TestReplacedFound(t *testing.T) {
 		if fs.stack[0].files.Load() != 0 {
 			held++
 		}
-		r, err := fs.OpenFile(g, unix.O_RDONLY, false)
-		require.NoError(t, err)
-		b := make([]byte, 10)
-		n, err := unix.Pread(r.FD(), b, 0)
-		require.NoError(t, err)
-		assert.Equal(t, "old", string(b[:n]))
-		r.Close()
+		assert.Equal(t, "old", contentOf(t, fs, g))
 		fs.Forget(g, 1)
 		require.NoError(t, os.Remove(root+"/rw/d2/g"))
 	}
 	assert.Zero(t, held, "renames that keep the branch in use")
+}
+
+// contentOf returns the first bytes of a file.
+func contentOf(t *testing.T, fs *FS, n *Node) string {
+	t.Helper()
+	f, err := fs.OpenFile(n, unix.O_RDONLY, false)
+	require.NoError(t, err)
+	defer f.Close()
+	b := make([]byte, 10)
+	k, err := unix.Pread(f.FD(), b, 0)
+	require.NoError(t, err)
+	return string(b[:k])
 }
