@@ -168,20 +168,8 @@ func (m *mechanism) written(ctx context.Context, chain lifecycle.Chain) (u layer
 	}
 	defer root.Close()
 	files := tally{root: root}
-	for c, err := range btrfs.Changes(ctx, p.older, p.newer) {
-		if err != nil {
-			return u, err
-		}
-		if c.Kind == layerfs.Deleted {
-			continue
-		}
-		_, first, err := files.add(c.Path)
-		if err != nil {
-			return u, err
-		}
-		if first {
-			u.Inodes++
-		}
+	if err := files.each(btrfs.Changes(ctx, p.older, p.newer), func(*unix.Stat_t) { u.Inodes++ }); err != nil {
+		return u, err
 	}
 	content := tally{root: root}
 	path, first := "", false
@@ -227,23 +215,11 @@ func (m *mechanism) differing(ctx context.Context, chain lifecycle.Chain) (u lay
 	defer root.Close()
 	files := tally{root: root}
 	opts := &archive.CompareOptions{Since: m.dir.Reliable(chain.Layer().Copied)}
-	for c, err := range archive.Compare(ctx, older.Path, newer.Path, opts) {
-		if err != nil {
-			return u, err
-		}
-		if c.Kind == layerfs.Deleted {
-			continue
-		}
-		st, first, err := files.add(c.Path)
-		if err != nil {
-			return u, err
-		}
-		if first {
-			u.Inodes++
-			u.Bytes += st.Blocks * 512 // the unit of stat(2)
-		}
-	}
-	return u, nil
+	err = files.each(archive.Compare(ctx, older.Path, newer.Path, opts), func(st *unix.Stat_t) {
+		u.Inodes++
+		u.Bytes += st.Blocks * 512 // the unit of stat(2)
+	})
+	return u, err
 }
 
 // tally tells the first name of a file from the others. The zero value with a
@@ -254,6 +230,26 @@ type tally struct {
 }
 
 type inode struct{ dev, ino uint64 }
+
+// each calls f once for each file that changes add or modify.
+func (t *tally) each(changes iter.Seq2[layerfs.Change, error], f func(*unix.Stat_t)) error {
+	for c, err := range changes {
+		if err != nil {
+			return err
+		}
+		if c.Kind == layerfs.Deleted {
+			continue
+		}
+		st, first, err := t.add(c.Path)
+		if err != nil {
+			return err
+		}
+		if first {
+			f(&st)
+		}
+	}
+	return nil
+}
 
 // add looks at what is at a path of [layerfs.Change], and reports whether it was
 // not looked at under another name. What is gone meanwhile does not count.
