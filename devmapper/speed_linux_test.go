@@ -2,13 +2,14 @@ package devmapper
 
 import (
 	"fmt"
-	"os"
 	"slices"
 	"strconv"
 	"testing"
 	"time"
 
 	"github.com/stretchr/testify/require"
+
+	"github.com/layerfs/layerfs/internal/testenv"
 )
 
 // TestSpeed measures what this package promises about time, prints it, and
@@ -18,9 +19,7 @@ import (
 //
 // Lines that begin with "goal:" are rows of the table of scripts/bench.
 func TestSpeed(t *testing.T) {
-	if os.Getenv("LAYERFS_IDLE") == "" {
-		t.Skip("compares times, which other work on the machine spoils; LAYERFS_IDLE=1 runs it")
-	}
+	testenv.RequireIdle(t)
 	ctx := t.Context()
 	t.Run("create", func(t *testing.T) {
 		d := benchDriver(t, small())
@@ -74,7 +73,7 @@ func TestSpeed(t *testing.T) {
 			const wanted = 50 * time.Millisecond
 			what, against := fmt.Sprintf("BlockDiff of 10 GiB, %d changed", changed), fmt.Sprintf("%d metadata reads", reads[changed])
 			if changed == 100 {
-				goal(what, took, against, "", "< 50 ms", took < wanted)
+				testenv.Goal(what, milliseconds(took), against, "", "< 50 ms", took < wanted)
 				require.Less(t, took, wanted)
 			} else {
 				fmt.Printf("goal: | %s | %s | %s | | | |\n", what, milliseconds(took), against)
@@ -89,7 +88,7 @@ func TestSpeed(t *testing.T) {
 func faster(t *testing.T, what, against string, took, other time.Duration, wanted float64) {
 	t.Helper()
 	r := ratio(other, took)
-	goal(what, took, against+": "+milliseconds(other), fmt.Sprintf("%.1f faster", r), fmt.Sprintf("≥ %g", wanted), r >= wanted)
+	testenv.Goal(what, milliseconds(took), against+": "+milliseconds(other), fmt.Sprintf("%.1f faster", r), fmt.Sprintf("≥ %g", wanted), r >= wanted)
 	require.GreaterOrEqual(t, r, wanted)
 }
 
@@ -97,17 +96,8 @@ func faster(t *testing.T, what, against string, took, other time.Duration, wante
 func asLong(t *testing.T, what, against string, took, other time.Duration, wanted float64) {
 	t.Helper()
 	r := ratio(took, other)
-	goal(what, took, against+": "+milliseconds(other), fmt.Sprintf("%.2f", r), fmt.Sprintf("≤ %g", wanted), r <= wanted)
+	testenv.Goal(what, milliseconds(took), against+": "+milliseconds(other), fmt.Sprintf("%.2f", r), fmt.Sprintf("≤ %g", wanted), r <= wanted)
 	require.LessOrEqual(t, r, wanted)
-}
-
-// goal prints a row of the table.
-func goal(what string, took time.Duration, against, ratio, wanted string, ok bool) {
-	verdict := "reached"
-	if !ok {
-		verdict = "**not reached**"
-	}
-	fmt.Printf("goal: | %s | %s | %s | %s | %s | %s |\n", what, milliseconds(took), against, ratio, wanted, verdict)
 }
 
 func milliseconds(d time.Duration) string { return fmt.Sprintf("%.1f ms", d.Seconds()*1000) }

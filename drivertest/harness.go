@@ -102,8 +102,8 @@ func (h Harness) runCase(t *testing.T, c testCase) {
 		t.Skip("the harness has no Home")
 	case c.needs&needSmall != 0 && h.Small == nil:
 		t.Skip("the harness has no Small")
-	case c.needs&needIdle != 0 && os.Getenv("LAYERFS_IDLE") == "":
-		t.Skip("compares times, which other work on the machine spoils; LAYERFS_IDLE=1 runs it")
+	case c.needs&needIdle != 0 && !testenv.Idle():
+		testenv.RequireIdle(t)
 	}
 	e := newEnv(t, h)
 	finished := false

@@ -19,6 +19,7 @@ import (
 	"github.com/layerfs/layerfs"
 	"github.com/layerfs/layerfs/archive"
 	"github.com/layerfs/layerfs/internal/lifecycle"
+	"github.com/layerfs/layerfs/internal/testenv"
 	"github.com/layerfs/layerfs/internal/tree"
 )
 
@@ -186,7 +187,7 @@ func TestNativeChanges(t *testing.T) {
 // TestNativeSpeed: three changes in a tree of 20,000 files or more are found 20
 // times faster than by a walk, and in a smaller one still much faster.
 func TestNativeSpeed(t *testing.T) {
-	requireIdle(t)
+	testenv.RequireIdle(t)
 	root := newRootDir(t)
 	d := mustOpen(t, root, &Options{})
 	requireNative(t, d)

@@ -17,6 +17,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/layerfs/layerfs"
+	"github.com/layerfs/layerfs/internal/testenv"
 )
 
 // newPool makes a pool of its own in a file of a directory, and returns a
@@ -180,7 +181,7 @@ func TestCalls(t *testing.T) {
 		assert.LessOrEqual(t, n, most, "%s with %d layers", op, layers)
 		took := time.Since(start).Round(100 * time.Microsecond)
 		t.Logf("%-12s %d calls, %v", op, n, took)
-		if os.Getenv("LAYERFS_IDLE") != "" {
+		if testenv.Idle() {
 			fmt.Printf("goal: | %s, %d layers | %v | %d calls | | | |\n", op, layers, took, n)
 		}
 	}

@@ -3,7 +3,6 @@ package zfs
 import (
 	"context"
 	"fmt"
-	"os"
 	"slices"
 	"testing"
 	"time"
@@ -11,24 +10,14 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/layerfs/layerfs/internal/lifecycle"
+	"github.com/layerfs/layerfs/internal/testenv"
 )
-
-func requireIdle(t *testing.T) {
-	t.Helper()
-	if os.Getenv("LAYERFS_IDLE") == "" {
-		t.Skip("compares times, which other work on the machine spoils; LAYERFS_IDLE=1 runs it")
-	}
-}
 
 // goal prints a row of the table of scripts/bench and returns whether the goal was
 // reached.
 func goal(what string, ours time.Duration, against string, theirs time.Duration, ratio float64, wanted string, reached bool) bool {
-	verdict := "reached"
-	if !reached {
-		verdict = "**not reached**"
-	}
 	const unit = 100 * time.Microsecond
-	fmt.Printf("goal: | %s | %v | %s: %v | %.2f | %s | %s |\n", what, ours.Round(unit), against, theirs.Round(unit), ratio, wanted, verdict)
+	testenv.Goal(what, ours.Round(unit).String(), fmt.Sprintf("%s: %v", against, theirs.Round(unit)), fmt.Sprintf("%.2f", ratio), wanted, reached)
 	return reached
 }
 
@@ -36,7 +25,7 @@ func goal(what string, ours time.Duration, against string, theirs time.Duration,
 // of and a tenth. Rounds of both alternate, and their medians count.
 func TestCreateCost(t *testing.T) {
 	requireOpenZFS(t, "compares the cost of calls, which is the daemon's here")
-	requireIdle(t)
+	testenv.RequireIdle(t)
 	d := mustOpen(t, newRootDir(t), &Options{})
 	ctx := context.WithoutCancel(t.Context())
 	require.NoError(t, d.Create(ctx, "base", "", nil))

@@ -35,15 +35,7 @@ func TestReplaced(t *testing.T) {
 			require.NoError(t, err)
 			require.NoError(t, fs.Rename(fs.Root(), "new0", fs.Root(), "f", 0))
 			require.NoError(t, fs.Rename(fs.Root(), "new1", fs.Root(), "l", 0))
-			read := func() string {
-				h, err := fs.OpenFile(f, unix.O_RDONLY, false)
-				require.NoError(t, err)
-				defer h.Close()
-				b := make([]byte, 10)
-				n, err := unix.Pread(h.FD(), b, 0)
-				require.NoError(t, err)
-				return string(b[:n])
-			}
+			read := func() string { return contentOf(t, fs, f) }
 			assert.Equal(t, "old", read())
 			target, err := fs.Readlink(l)
 			require.NoError(t, err)
