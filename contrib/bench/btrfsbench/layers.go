@@ -17,6 +17,7 @@ import (
 	"github.com/layerfs/layerfs"
 	"github.com/layerfs/layerfs/btrfs"
 	ioctl "github.com/layerfs/layerfs/internal/btrfs"
+	"github.com/layerfs/layerfs/internal/sys"
 )
 
 // Names of the contestants.
@@ -311,7 +312,7 @@ func (b *bench) life(ctx context.Context) (err error) {
 	}
 	list = append(list, contestant{bareSynced, each(func(_ context.Context, id string) error {
 		path, record := filepath.Join(dir, id), filepath.Join(records, id)
-		return errors.Join(ioctl.Snapshot(path, base, false), writeSynced(record), os.Remove(record), syncDir(records), ioctl.Destroy(path))
+		return errors.Join(ioctl.Snapshot(path, base, false), sys.WriteFile(record, []byte(aRecord), 0o600, true), os.Remove(record), sys.Fsync(records), ioctl.Destroy(path))
 	})})
 	peer, end, err := snapshotter(ctx, filepath.Join(dir, "snapshotter"))
 	if err != nil {
@@ -343,22 +344,8 @@ func (b *bench) life(ctx context.Context) (err error) {
 	return nil
 }
 
-func writeSynced(path string) error {
-	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
-	if err != nil {
-		return err
-	}
-	_, err = f.WriteString(`{"id":"a layer","parent":"base","created":"2026-11-21T12:00:00.123456789Z"}` + "\n")
-	return errors.Join(err, f.Sync(), f.Close())
-}
-
-func syncDir(path string) error {
-	f, err := os.Open(path)
-	if err != nil {
-		return err
-	}
-	return errors.Join(f.Sync(), f.Close())
-}
+// aRecord is what [bareSynced] writes, about as long as one of ours.
+const aRecord = `{"id":"a layer","parent":"base","created":"2026-11-21T12:00:00.123456789Z"}` + "\n"
 
 func each(f func(context.Context, string) error) func(context.Context) error {
 	return func(ctx context.Context) error {
